@@ -1,0 +1,195 @@
+"""Knows attention: scores, log-sum-exp, softmax, and the function that transformers calls. Knows no files, no fitting.
+
+All mathematics of attention over a document lives here, once. With s = scaling, one query q attends to the kept keys
+k_j with bias b_j and to the tail (the tokens after the document):
+
+    p_j = exp(s q.k_j + b_j - lse),   lse = log(sum over document and tail of exp(s q.k_j + b_j)),   out = sum p_j v_j
+
+The document part and the tail are computed apart and merged by log-sum-exp (FlashAttention-2, arXiv 2307.08691,
+section 3.1), so that every sequence of a batch shares one document.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from compactor.errors import CompactorError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION_NAME = "compactor"
+TAG = "compactor_layer"  # attribute of the key tensor through which a cache layer reaches `attention_forward`
+BLOCK_ELEMENTS = 1 << 24  # score elements held at once: 64 MiB in float32
+
+
+class AttendingLayer(Protocol):
+    """A cache layer that computes its own attention."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        scaling: float,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return attention of ``query`` as (batch, num_heads, q_len, head_dim), float32 or the query's type."""
+        ...
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend through the cache layer that tagged ``key``; without a tag, through transformers' own sdpa.
+
+    Signature and shapes are those of transformers' attention interface: query (batch, num_heads, q_len, head_dim),
+    key and value (batch, num_kv_heads, kv_len, head_dim); returns (batch, q_len, num_heads, head_dim) and None.
+    """
+    layer: AttendingLayer | None = getattr(key, TAG, None)
+    if layer is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = layer.attend(
+        query, key, value, mask=attention_mask, scaling=scale, position_ids=kwargs.get("position_ids")
+    )
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def register(model: PreTrainedModel) -> None:
+    """Make ``model`` call `attention_forward`; calls without a compacted cache behave as sdpa."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def tag(key: torch.Tensor, layer: AttendingLayer) -> torch.Tensor:
+    """Return a view of ``key`` that carries ``layer`` to `attention_forward`."""
+    view = key.view(key.shape)
+    setattr(view, TAG, layer)
+    return view
+
+
+def row_blocks(q_len: int, kv_len: int, num_heads: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of query rows such that the scores of one block stay within `BLOCK_ELEMENTS`."""
+    step = max(1, min(q_len, BLOCK_ELEMENTS // max(1, kv_len * num_heads)))
+    for start in range(0, q_len, step):
+        yield start, min(start + step, q_len)
+
+
+def causal_scores(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return scores of the last rows of a causal sequence, hidden ones -inf.
+
+    queries: (..., q_len, head_dim) float32, the last q_len tokens before the end of ``keys``;
+    keys: (..., kv_len, head_dim) float32. Returns (..., q_len, kv_len) float32: row i sees keys up to kv_len - q_len + i.
+    """
+    scores = torch.matmul(queries * scaling, keys.transpose(-1, -2))
+    hide_future(scores)
+    return scores
+
+
+def hide_future(scores: torch.Tensor) -> None:
+    """Set scores (..., q_len, kv_len) of keys after the row's own position to -inf, in place (bottom-right causal)."""
+    q_len, kv_len = scores.shape[-2:]
+    if q_len > 1:
+        last = scores[..., kv_len - q_len :]
+        hidden = torch.ones(q_len, q_len, dtype=torch.bool, device=scores.device).triu_(1)
+        last.masked_fill_(hidden, -math.inf)
+
+
+def document_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    biases: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    scaling: float,
+    max_head_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to ragged kept keys shared by a batch; the Triton kernel on CUDA, its torch twin elsewhere.
+
+    query (batch, num_heads, q_len, head_dim); keys, values (num_kept, head_dim); biases (num_kept,) float32; offsets
+    (num_kv_heads + 1,) int32. Returns out (batch, num_heads, q_len, head_dim) and lse (batch, num_heads, q_len), float32.
+    """
+    if query.is_cuda and _kernel_available():
+        from compactor_kernels.biased_decode import biased_decode
+
+        out, lse = biased_decode(
+            query.contiguous(), keys, values, biases, offsets, scaling=scaling, max_head_length=max_head_length
+        )
+    else:
+        from compactor_kernels.reference import biased_attention_reference
+
+        out, lse = biased_attention_reference(query, keys, values, biases, offsets, scaling=scaling)
+    return out, lse
+
+
+def _kernel_available() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def tail_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to the dense tail of new tokens.
+
+    query (batch, num_heads, q_len, head_dim); key, value (batch, num_kv_heads, tail_len, head_dim); mask bool
+    (batch, 1, q_len, tail_len) with True for visible, or None for bottom-right causal. Returns out and lse as
+    `document_attention`; a row that sees nothing gives 0 and -inf.
+    """
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads, tail_len = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, num_kv_heads, -1, q_len, head_dim).float()
+    scores = torch.matmul(grouped * scaling, key.float().unsqueeze(2).transpose(-1, -2))
+    if mask is None:
+        hide_future(scores)
+    else:
+        visible = mask if mask.dtype == torch.bool else mask > -1.0
+        scores.masked_fill_(~visible[..., -tail_len:].unsqueeze(2), -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse).unsqueeze(-1))
+    out = torch.matmul(weights, value.float().unsqueeze(2))
+    return out.reshape(query.shape), lse.reshape(batch, num_heads, q_len)
+
+
+def merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two partial attentions by log-sum-exp, the maximum subtracted; rows without keys carry lse -inf."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    shift = torch.where(lse.isinf(), 0.0, lse)
+    out = out_a * torch.exp(lse_a - shift).unsqueeze(-1) + out_b * torch.exp(lse_b - shift).unsqueeze(-1)
+    return out, lse
+
+
+def require_consumed(pending: bool, where: str) -> None:
+    """Raise when a layer's keys were handed out but `attention_forward` did not see them: a silent wrong answer."""
+    if pending:
+        raise CompactorError(
+            f"The model did not attend through the compacted cache ({where}): its attention implementation was changed "
+            "after attach. Call cache.attach(model) again and leave set_attn_implementation alone."
+        )

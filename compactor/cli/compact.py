@@ -1,0 +1,204 @@
+"""The command ``compact``: one document in, one compacted cache out. Knows no step of the computation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compactor import console
+from compactor.cli.options import (
+    COMPACT_DEFAULTS,
+    DEFAULT_QUERIES,
+    CacheDtype,
+    Chunk,
+    Device,
+    Dtype,
+    Json,
+    KeepRatio,
+    MaxBytes,
+    MaxLogBias,
+    MinLogBias,
+    Model,
+    Offline,
+    PrefillChunk,
+    Queries,
+    Quiet,
+    Reserve,
+    Revision,
+    Ridge,
+    Seed,
+    SelfStudyTokens,
+    System,
+    TargetTokens,
+    Thinking,
+    split_list,
+)
+from compactor.cli.units import show_bytes, show_fields, show_number, show_seconds
+from compactor.config import CompactSettings
+from compactor.errors import SettingsError
+
+if TYPE_CHECKING:
+    from compactor.attach import CompactedCache
+    from compactor.cache_file import FileSizes
+
+STDIN = "-"
+SUFFIX = ".kv"
+
+
+def compact_command(
+    document: Annotated[
+        str,
+        typer.Argument(
+            metavar="DOC", help="Text, Markdown, source code, .pdf, .docx or .html; - is standard input."
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The file to write; without it DOC's name with .kv, here."
+        ),
+    ] = None,
+    keep_ratio: KeepRatio = None,
+    target_tokens: TargetTokens = None,
+    max_bytes: MaxBytes = None,
+    model: Model = None,
+    system: System = None,
+    queries: Queries = DEFAULT_QUERIES,
+    self_study_tokens: SelfStudyTokens = COMPACT_DEFAULTS.self_study_tokens,
+    chunk: Chunk = COMPACT_DEFAULTS.chunk,
+    prefill_chunk: PrefillChunk = COMPACT_DEFAULTS.prefill_chunk,
+    reserve: Reserve = COMPACT_DEFAULTS.reserve,
+    ridge: Ridge = COMPACT_DEFAULTS.ridge,
+    min_log_bias: MinLogBias = COMPACT_DEFAULTS.min_log_bias,
+    max_log_bias: MaxLogBias = COMPACT_DEFAULTS.max_log_bias,
+    cache_dtype: CacheDtype = COMPACT_DEFAULTS.cache_dtype,
+    thinking: Thinking = COMPACT_DEFAULTS.thinking,
+    seed: Seed = COMPACT_DEFAULTS.seed,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offline: Offline = False,
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing file.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the time and memory that it would take; write nothing.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a document into a compacted KV cache, from which `query` answers questions.
+
+    Give at most one of --keep-ratio, --target-tokens and --max-bytes.
+    """
+    settings = CompactSettings(
+        keep_ratio=keep_ratio,
+        target_tokens=target_tokens,
+        max_bytes=max_bytes,
+        queries=split_list(queries),
+        self_study_tokens=self_study_tokens,
+        chunk=chunk,
+        prefill_chunk=prefill_chunk,
+        reserve=reserve,
+        ridge=ridge,
+        min_log_bias=min_log_bias,
+        max_log_bias=max_log_bias,
+        cache_dtype=cache_dtype,
+        system=system,
+        thinking=thinking,
+        seed=seed,
+    )
+    path = None if dry_run else Path(output) if output else default_output(document)
+    reporter = console.ConsoleReporter(quiet=quiet)
+    try:
+        from compactor.document import read_document
+        from compactor.output import check_output
+
+        if path:
+            check_output(path, force)
+        text = read_document(document)
+
+        from compactor import pipeline  # only now torch, which takes seconds to import
+        from compactor.estimate import estimate
+        from compactor.model import load_model
+
+        loaded = load_model(
+            model, revision=revision, device=device, dtype=dtype, offline=offline, reporter=reporter
+        )
+        if not path:
+            expected = asdict(estimate(text, loaded, settings))
+            console.answer_json(expected) if json else console.answer(show_estimate(expected))
+            return
+        cache = pipeline.compact(text, loaded, settings, reporter)
+        sizes = cache.save(path, force=force)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; nothing was written") from None
+    if json:
+        console.answer_json(summary(path, cache, sizes))
+    else:
+        console.answer(show_summary(path, cache, sizes))
+
+
+def default_output(document: str) -> Path:
+    """Return the document's name with the suffix .kv, here. Raises SettingsError for standard input."""
+    if document == STDIN:
+        raise SettingsError("A document from standard input has no name; give the output with -o FILE.kv.")
+    name = Path(document).name
+    if not name or name == "..":
+        raise SettingsError(f"{document} is no file name; give the output with -o FILE.kv.")
+    return Path(name).with_suffix(SUFFIX)
+
+
+def summary(path: Path, cache: CompactedCache, sizes: FileSizes) -> dict[str, Any]:
+    """Return what was made, as plain JSON values."""
+    metadata = cache.metadata
+    return {
+        "output": str(path),
+        "document": metadata.document_name,
+        "document_tokens": metadata.document_tokens,
+        "prefix_tokens": metadata.prefix_length,
+        "model": metadata.model.name,
+        "dtype": metadata.dtype,
+        "file": sizes._asdict(),
+        "settings": metadata.settings,
+        "report": metadata.report,
+    }
+
+
+def show_summary(path: Path, cache: CompactedCache, sizes: FileSizes) -> str:
+    """Return what was made, for people: tokens, kept keys, bytes, seconds per phase, reconstruction error."""
+    metadata = cache.metadata
+    report = dict(metadata.report)
+    seconds: dict[str, float] = report.pop("seconds", {})
+    kept, total = report.pop("kept_keys", None), report.pop("document_keys", None)
+    full_bytes, tensor_bytes = report.pop("full_bytes", None), report.pop("tensor_bytes", cache.nbytes)
+    report.pop("kept_ratio", None)
+    fields: dict[str, object] = {
+        "document": f"{metadata.document_name}, {metadata.document_tokens:,} tokens, "
+        f"after {metadata.prefix_length} of the chat template",
+        "model": f"{metadata.model.name}, {metadata.dtype}",
+    }
+    if kept is not None and total:
+        fields["kept"] = f"{kept:,} of {total:,} document keys ({kept / total:.1%})"
+    if full_bytes:
+        fields["size"] = (
+            f"{show_bytes(full_bytes)} -> {show_bytes(tensor_bytes)}, "
+            f"{full_bytes / tensor_bytes:.1f} times smaller, header {show_bytes(sizes.header_bytes)}"
+        )
+    if seconds:
+        fields["time"] = f"{show_seconds(sum(seconds.values()))}: {show_phases(seconds)}"
+    fields |= {name: show_number(value) for name, value in report.items() if isinstance(value, int | float)}
+    return f"{path}\n{show_fields(fields)}"
+
+
+def show_estimate(expected: dict[str, Any]) -> str:
+    """Return what a compaction would cost, for people."""
+    fields = dict(expected)
+    seconds = fields.pop("seconds", {})
+    return show_fields({**fields, "phases": show_phases(seconds)}, indent="")
+
+
+def show_phases(seconds: dict[str, float]) -> str:
+    """Return the seconds of each phase on one line."""
+    return ", ".join(f"{name} {show_seconds(value)}" for name, value in seconds.items())

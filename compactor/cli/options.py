@@ -1,0 +1,128 @@
+"""Knows the options that several commands share: their names and their help. Knows no defaults.
+
+Defaults and limits are those of ``config.py``; a command writes ``chunk: Chunk = COMPACT_DEFAULTS.chunk``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from compactor.config import CACHE_DTYPES, QUERY_SOURCES, CompactSettings, DecodeSettings
+
+COMPACT_DEFAULTS = CompactSettings()
+DECODE_DEFAULTS = DecodeSettings()
+DEFAULT_QUERIES = ",".join(COMPACT_DEFAULTS.queries)
+
+DEVICE_HELP = "Where the model runs: auto, cpu, cuda, cuda:1, mps."
+DTYPE_HELP = "Type of the model's activations: auto, bfloat16, float16, float32."
+
+# Which model, and how it is loaded.
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        envvar="COMPACTOR_MODEL",
+        metavar="MODEL",
+        help="Hub id, local folder, GGUF file, or a name from `compactor models`; "
+        "without it the embedded SmolLM2-135M-Instruct.",
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help=DEVICE_HELP)]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help=DTYPE_HELP)]
+Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")]
+
+# How much is kept.
+KeepRatio = Annotated[
+    float | None,
+    typer.Option(
+        "-r",
+        "--keep-ratio",
+        metavar="FRACTION",
+        help="Fraction of the document's keys that is kept, over all layers and heads. "
+        f"[default: {COMPACT_DEFAULTS.keep_ratio:g}]",
+    ),
+]
+TargetTokens = Annotated[
+    int | None,
+    typer.Option("--target-tokens", metavar="N", help="Instead: keys kept per head, on average."),
+]
+MaxBytes = Annotated[
+    int | None, typer.Option("--max-bytes", metavar="N", help="Instead: bytes of all tensors of the file.")
+]
+
+# How it is computed.
+Queries = Annotated[
+    str,
+    typer.Option(
+        "--queries",
+        metavar="LIST",
+        help=f"Where reference queries come from: a comma-separated subset of {','.join(QUERY_SOURCES)}.",
+    ),
+]
+SelfStudyTokens = Annotated[
+    int,
+    typer.Option(
+        "--self-study-tokens",
+        metavar="N",
+        help="Tokens the model writes in self-study, all prompts together.",
+    ),
+]
+Chunk = Annotated[
+    int,
+    typer.Option(
+        "--chunk", metavar="N", help="Document tokens per chunk of the repeat pass and of the selection."
+    ),
+]
+PrefillChunk = Annotated[
+    int, typer.Option("--prefill-chunk", metavar="N", help="Tokens per forward call of the prefill.")
+]
+Reserve = Annotated[
+    int,
+    typer.Option(
+        "--reserve", metavar="N", help="Tokens of the model's window left free for a question and its answer."
+    ),
+]
+Ridge = Annotated[
+    float | None,
+    typer.Option(
+        "--ridge",
+        metavar="WEIGHT",
+        help="Pull of the fitted values towards the original ones; without it chosen on held-out queries.",
+    ),
+]
+MinLogBias = Annotated[float, typer.Option("--min-log-bias", metavar="X", help="Lower end of the biases.")]
+MaxLogBias = Annotated[float, typer.Option("--max-log-bias", metavar="X", help="Upper end of the biases.")]
+CacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--cache-dtype",
+        metavar="DTYPE",
+        help=f"Type of keys and values in the file: {', '.join(CACHE_DTYPES)}; "
+        "auto is the model's own, bfloat16 for a float32 model.",
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "-s", "--system", metavar="TEXT", help="System message; it precedes the document and is recorded."
+    ),
+]
+Thinking = Annotated[
+    bool, typer.Option("--thinking", help="Let a model that can think do so before it answers.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is sampled.")]
+
+# What is printed.
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Split a comma-separated option; empty parts are dropped."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

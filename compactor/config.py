@@ -1,0 +1,91 @@
+"""Knows the settings of a run, their defaults and their limits. Knows no torch, no files, no steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compactor.errors import SettingsError
+
+DEFAULT_KEEP_RATIO = 0.1
+QUERY_SOURCES = ("context", "repeat", "self-study")
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class CompactSettings:
+    """Settings of one compaction. Exactly one of ``keep_ratio``, ``target_tokens``, ``max_bytes`` holds.
+
+    Raises SettingsError on construction when a value is out of range or two size targets are given.
+    """
+
+    keep_ratio: float | None = None  # fraction of document keys kept, over all compacted heads
+    target_tokens: int | None = None  # average number of document keys kept per head
+    max_bytes: int | None = None  # bytes of all tensors in the file: prefix and sliding layers included
+    queries: tuple[str, ...] = QUERY_SOURCES
+    self_study_tokens: int = 1024  # answer tokens generated over all self-study prompts together
+    chunk: int = 1024  # document tokens per chunk: of the repeat pass and of the selection
+    prefill_chunk: int = 2048  # tokens per forward call of the prefill
+    reserve: int = 512  # tokens of the model's window left free for a question and its answer
+    ridge: float | None = None  # weight of the pull towards the original values; None chooses on held-out rows
+    min_log_bias: float = -3.0
+    max_log_bias: float = 7.0
+    cache_dtype: str = "auto"  # storage type of keys and values; auto is the model's, bfloat16 for a float32 model
+    system: str | None = None
+    thinking: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        targets = [t for t in (self.keep_ratio, self.target_tokens, self.max_bytes) if t is not None]
+        if len(targets) > 1:
+            raise SettingsError("Give only one of --keep-ratio, --target-tokens and --max-bytes.")
+        if not targets:
+            object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
+        if self.keep_ratio is not None and not 0.0 < self.keep_ratio <= 1.0:
+            raise SettingsError(f"--keep-ratio is {self.keep_ratio:g}; give a fraction above 0 and at most 1.")
+        object.__setattr__(self, "queries", _query_sources(self.queries))
+        for name, low in (("target_tokens", 1), ("max_bytes", 1), ("self_study_tokens", 1), ("chunk", 16),
+                          ("prefill_chunk", 16), ("reserve", 16)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise SettingsError(f"--{name.replace('_', '-')} is {value}; the least is {low}.")
+        if self.ridge is not None and not 0.0 <= self.ridge < float("inf"):
+            raise SettingsError(f"--ridge is {self.ridge:g}; give a finite number that is not negative.")
+        if not self.min_log_bias < 0.0 < self.max_log_bias <= 20.0:
+            raise SettingsError("The bias box must contain 0 and its upper end must be at most 20.")
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise SettingsError(f"--cache-dtype is {self.cache_dtype!r}; choose from {', '.join(CACHE_DTYPES)}.")
+        if not 0 <= self.seed < 2**63:
+            raise SettingsError(f"--seed is {self.seed}; give a whole number from 0 to 2**63 - 1.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values, for the file header and the batch manifest."""
+        return {**asdict(self), "queries": list(self.queries)}
+
+
+def _query_sources(names: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in QUERY_SOURCES]
+    if unknown or not names:
+        what = f"does not know {', '.join(map(repr, unknown))}" if unknown else "is empty"
+        raise SettingsError(f"--queries {what}; give a comma-separated subset of {','.join(QUERY_SOURCES)}.")
+    return tuple(name for name in QUERY_SOURCES if name in names)
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """Settings of answering. Temperature 0 is greedy. Raises SettingsError when a value is out of range."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise SettingsError(f"--max-new-tokens is {self.max_new_tokens}; the least is 1.")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise SettingsError(f"--temperature is {self.temperature:g}; give 0 (greedy) to 100.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise SettingsError(f"--top-p is {self.top_p:g}; give a fraction above 0 and at most 1.")
+        if not 0 <= self.seed < 2**63:
+            raise SettingsError(f"--seed is {self.seed}; give a whole number from 0 to 2**63 - 1.")

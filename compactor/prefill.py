@@ -1,0 +1,227 @@
+"""Knows how token ids become the full KV cache, chunk by chunk. Knows no question, no budget, no file.
+
+While it runs it can also observe the document's own queries (the `context` reference queries): each is kept in host
+memory and its squared attention is added to its keys' scores, so that they cost no pass of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from compactor import attention
+from compactor.types import LayerCache, Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compactor.model import LoadedModel
+
+
+CONTEXT_SPAN = 256  # document tokens; a context row's own span counts as local, not as document
+
+
+@dataclass
+class Prefilled:
+    """The full cache of ``prefix | document`` and what the prefill observed."""
+
+    layers: list[LayerCache]  # every key of full layers, the last window - 1 of sliding layers
+    prefix_length: int
+    document_ids: list[int]
+    residual_norms: torch.Tensor  # (num_layers,) float32: median norm of the residual stream after each layer
+    context_scores: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (num_kv_heads, num_document)
+    context_queries: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (num_heads, num_document, head_dim)
+
+    @property
+    def logical_length(self) -> int:
+        """Tokens of prefix and document."""
+        return self.prefix_length + len(self.document_ids)
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Indices of the layers that see the whole document: the ones to compact."""
+        return [i for i, layer in enumerate(self.layers) if layer.sliding_window is None]
+
+
+class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A full-attention layer during prefill: a preallocated dense cache that may observe the document's queries."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int, prefix_length: int, head_gains: torch.Tensor | None) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.prefix_length = prefix_length
+        self.head_gains = head_gains  # (num_heads,) float32, or None to observe nothing
+        self.length = 0
+        self.scores: torch.Tensor | None = None
+        self.observed: list[torch.Tensor] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate room for the whole sequence."""
+        _, num_kv_heads, _, head_dim = key_states.shape
+        self.keys = key_states.new_empty(1, num_kv_heads, self.capacity, head_dim)
+        self.values = torch.empty_like(self.keys)
+        self.scores = torch.zeros(num_kv_heads, self.capacity, device=key_states.device)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the chunk; return all keys and values so far, tagged if queries are observed."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        stop = self.length + key_states.shape[-2]
+        self.keys[:, :, self.length : stop] = key_states
+        self.values[:, :, self.length : stop] = value_states
+        self.length = stop
+        keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
+        return (keys if self.head_gains is None else attention.tag(keys, self)), values
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        scaling: float,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend causally and add each document row's squared attention to the scores of earlier spans' keys."""
+        assert self.head_gains is not None and self.scores is not None
+        _, num_heads, q_len, head_dim = query.shape
+        num_kv_heads, kv_len = key.shape[1], key.shape[2]
+        grouped = query[0].view(num_kv_heads, -1, q_len, head_dim).float()
+        keys, values = key[0].float().unsqueeze(1), value[0].float().unsqueeze(1)
+        weights = self.head_gains.to(query.device).square().view(num_kv_heads, -1, 1, 1)
+        out = torch.empty_like(grouped)
+        first = kv_len - q_len
+        for start, stop in attention.row_blocks(q_len, kv_len, num_heads):
+            seen = first + stop
+            probs = attention.causal_scores(grouped[:, :, start:stop], keys[:, :, :seen], scaling).softmax(-1)
+            out[:, :, start:stop] = probs @ values[:, :, :seen]
+            for row, last, past in context_spans(first + start, first + stop, self.prefix_length):
+                rows = slice(row - first - start, last - first - start)
+                squared = probs[:, :, rows, self.prefix_length : past].square_().mul_(weights)
+                self.scores[:, self.prefix_length : past] += squared.sum(dim=(1, 2))
+        skipped = max(0, self.prefix_length - first)
+        self.observed.append(query[0, :, skipped:].to("cpu"))
+        return out.view(1, num_heads, q_len, head_dim)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length after the next update, and offset 0."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens stored."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Return the allocated length."""
+        return self.capacity
+
+    def finish(self) -> LayerCache:
+        """Return the layer as a LayerCache in which every head keeps every key; views, no copies."""
+        return dense_layer(self.keys[0, :, : self.length], self.values[0, :, : self.length], first_position=0)
+
+
+def dense_layer(
+    keys: torch.Tensor, values: torch.Tensor, *, first_position: int, sliding_window: int | None = None
+) -> LayerCache:
+    """Wrap dense keys and values (num_kv_heads, num_tokens, head_dim) as a LayerCache with biases 0."""
+    num_kv_heads, num_tokens, head_dim = keys.shape
+    positions = torch.arange(first_position, first_position + num_tokens, dtype=torch.int32, device=keys.device)
+    return LayerCache(
+        keys=keys.reshape(-1, head_dim),
+        values=values.reshape(-1, head_dim),
+        biases=torch.zeros(num_kv_heads * num_tokens, device=keys.device),
+        positions=positions.repeat(num_kv_heads),
+        offsets=torch.arange(num_kv_heads + 1, dtype=torch.int32, device=keys.device) * num_tokens,
+        sliding_window=sliding_window,
+    )
+
+
+def context_spans(start: int, stop: int, prefix_length: int) -> Iterator[tuple[int, int, int]]:
+    """Cut token positions ``start .. stop`` into pieces of one span of the document each: (first, last, span start).
+
+    The keys of its own span are local to a context row, as a segment's own tokens are to a segment: questions asked
+    after the document have no such neighbourhood. Rows of the prefix and of the first span are left out.
+    """
+    first = max(start, prefix_length + CONTEXT_SPAN)
+    while first < stop:
+        past = prefix_length + (first - prefix_length) // CONTEXT_SPAN * CONTEXT_SPAN
+        last = min(stop, past + CONTEXT_SPAN)
+        yield first, last, past
+        first = last
+
+
+@contextmanager
+def residual_norms(model: PreTrainedModel) -> Iterator[Callable[[], torch.Tensor]]:
+    """Record the residual stream after each decoder layer; the bound function returns median norms (num_layers,)."""
+    blocks = model.get_decoder().layers
+    records: list[list[torch.Tensor]] = [[] for _ in blocks]
+
+    def watch(index: int) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            records[index].append(hidden.detach().float().norm(dim=-1).flatten().cpu())
+
+        return hook
+
+    handles = [block.register_forward_hook(watch(i)) for i, block in enumerate(blocks)]
+    try:
+        yield lambda: torch.stack([torch.cat(norms).median() for norms in records])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def prefill(
+    loaded: LoadedModel,
+    prefix_ids: list[int],
+    document_ids: list[int],
+    *,
+    prefill_chunk: int,
+    head_gains: torch.Tensor | None,
+    reporter: Reporter,
+) -> Prefilled:
+    """Run ``prefix | document`` through the model in chunks of ``prefill_chunk`` tokens.
+
+    head_gains: (num_layers, num_heads) float32 to observe the document's own queries, or None. Logits are never formed.
+    """
+    model = loaded.model
+    attention.register(model)
+    tokens = torch.tensor([*prefix_ids, *document_ids]).unsqueeze(0)
+    layers: list[Any] = [
+        GrowingLayer(tokens.shape[1], len(prefix_ids), None if head_gains is None else head_gains[i])
+        if window is None
+        else DynamicSlidingWindowLayer(sliding_window=window)
+        for i, window in enumerate(loaded.sliding_windows)
+    ]
+    cache = Cache(layers=layers)
+    with residual_norms(model) as norms, reporter.phase("prefill", tokens.shape[1], "tokens") as advance:
+        for chunk in tokens.split(prefill_chunk, dim=1):
+            model.get_decoder()(input_ids=chunk.to(loaded.device), past_key_values=cache, use_cache=True)
+            advance(chunk.shape[1])
+        medians = norms()
+    result = Prefilled([], len(prefix_ids), list(document_ids), medians)
+    for i, (layer, window) in enumerate(zip(layers, loaded.sliding_windows, strict=True)):
+        if window is not None:
+            kept = layer.keys.shape[-2]
+            first = tokens.shape[1] - kept
+            result.layers.append(
+                dense_layer(layer.keys[0], layer.values[0], first_position=first, sliding_window=window)
+            )
+        else:
+            result.layers.append(layer.finish())
+            if head_gains is not None:
+                result.context_scores[i] = layer.scores[:, len(prefix_ids) :]
+                result.context_queries[i] = torch.cat(layer.observed, dim=1)
+    return result
