@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from compactor.cache_file import FileSizes
 
 
-class DocumentLayer(CacheLayerMixin):  # type: ignore[misc]
+class DocumentLayer(CacheLayerMixin):
     """Frozen kept keys of one layer and the dense tail of the tokens that came after the document."""
 
     is_croppable = True
     supports_early_init = False
 
     def __init__(self, layer: LayerCache, logical_length: int, previous: DocumentLayer | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.document = layer
         self.logical_length = logical_length
         self.max_head_length = max(layer.head_lengths)
@@ -135,7 +135,9 @@ class DocumentLayer(CacheLayerMixin):  # type: ignore[misc]
         """Remove the last ``-tokens_to_remove`` tokens of the tail (a negative count, as transformers passes it)."""
         remaining = self.tail_length - abs(tokens_to_remove)
         if remaining < 0:
-            raise ValueError(f"Cannot remove {abs(tokens_to_remove)} tokens: only {self.tail_length} follow the document.")
+            raise ValueError(
+                f"Cannot remove {abs(tokens_to_remove)} tokens: only {self.tail_length} follow the document."
+            )
         if remaining == 0:
             self.reset()
         elif self.keys is not None and self.values is not None:
@@ -187,20 +189,23 @@ def window_visibility(
     return torch.cat([document, tail], dim=-1).unsqueeze(1)
 
 
-class AttachedCache(Cache):  # type: ignore[misc]
+class AttachedCache(Cache):
     """A transformers Cache over a compacted document: give it to ``model.generate`` with an attention mask that covers
     ``cache.logical_length`` document tokens plus the new ones."""
 
     def __init__(self, layers: list[LayerCache], logical_length: int) -> None:
         document_layers: list[DocumentLayer] = []
         for layer in layers:
-            document_layers.append(DocumentLayer(layer, logical_length, document_layers[-1] if document_layers else None))
-        super().__init__(layers=document_layers)
+            document_layers.append(
+                DocumentLayer(layer, logical_length, document_layers[-1] if document_layers else None)
+            )
+        super().__init__(layers=list(document_layers))
+        self.document_layers = document_layers
         self.logical_length = logical_length
 
     def forget_tail(self) -> None:
         """Drop every token after the document, so that the next question starts afresh."""
-        for layer in self.layers:
+        for layer in self.document_layers:
             layer.pending = False
             layer.reset()
 
@@ -211,7 +216,7 @@ class AttachedCache(Cache):  # type: ignore[misc]
 
 
 def attach_layers(model: PreTrainedModel, layers: list[LayerCache], logical_length: int) -> AttachedCache:
-    """Bind ``model`` to compactor's attention and return a cache over ``layers``, moved to each decoder layer's place."""
+    """Bind ``model`` to compactor's attention; return a cache over ``layers``, moved to each decoder layer's device."""
     attention.register(model)
     placed = [
         move_layer(layer, next(block.parameters()).device, model.dtype)
@@ -260,7 +265,7 @@ class CompactedCache:
         """Write the cache atomically. Raises OutputError; an existing file is refused without ``force``."""
         from compactor.cache_file import save_cache
 
-        return save_cache(Path(path), self.layers, self.metadata, force=force)
+        return save_cache(path, self.layers, self.metadata, force=force)
 
 
 def load(path: str | Path) -> CompactedCache:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 ATTENTION_NAME = "compactor"
 TAG = "compactor_layer"  # attribute of the key tensor through which a cache layer reaches `attention_forward`
 BLOCK_ELEMENTS = 1 << 24  # score elements held at once: 64 MiB in float32
+CPU_BLOCK_ELEMENTS = 1 << 21  # on a CPU: 8 MiB, so that a block stays in the cache between its passes
 
 
 class AttendingLayer(Protocol):
@@ -67,9 +69,7 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = layer.attend(
-        query, key, value, mask=attention_mask, scaling=scale, position_ids=kwargs.get("position_ids")
-    )
+    out = layer.attend(query, key, value, mask=attention_mask, scaling=scale, position_ids=kwargs.get("position_ids"))
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -91,9 +91,10 @@ def tag(key: torch.Tensor, layer: AttendingLayer) -> torch.Tensor:
     return view
 
 
-def row_blocks(q_len: int, kv_len: int, num_heads: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of query rows such that the scores of one block stay within `BLOCK_ELEMENTS`."""
-    step = max(1, min(q_len, BLOCK_ELEMENTS // max(1, kv_len * num_heads)))
+def row_blocks(q_len: int, kv_len: int, num_heads: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of query rows such that the scores of one block stay within the device's block size."""
+    elements = CPU_BLOCK_ELEMENTS if device.type == "cpu" else BLOCK_ELEMENTS
+    step = max(1, min(q_len, elements // max(1, kv_len * num_heads)))
     for start in range(0, q_len, step):
         yield start, min(start + step, q_len)
 
@@ -102,7 +103,8 @@ def causal_scores(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> 
     """Return scores of the last rows of a causal sequence, hidden ones -inf.
 
     queries: (..., q_len, head_dim) float32, the last q_len tokens before the end of ``keys``;
-    keys: (..., kv_len, head_dim) float32. Returns (..., q_len, kv_len) float32: row i sees keys up to kv_len - q_len + i.
+    keys: (..., kv_len, head_dim) float32. Returns (..., q_len, kv_len) float32; row i sees keys up to
+    kv_len - q_len + i.
     """
     scores = torch.matmul(queries * scaling, keys.transpose(-1, -2))
     hide_future(scores)
@@ -131,9 +133,9 @@ def document_attention(
     """Attend to ragged kept keys shared by a batch; the Triton kernel on CUDA, its torch twin elsewhere.
 
     query (batch, num_heads, q_len, head_dim); keys, values (num_kept, head_dim); biases (num_kept,) float32; offsets
-    (num_kv_heads + 1,) int32. Returns out (batch, num_heads, q_len, head_dim) and lse (batch, num_heads, q_len), float32.
+    (num_kv_heads + 1,) int32. Returns float32 out (query's shape) and lse (batch, num_heads, q_len).
     """
-    if query.is_cuda and _kernel_available():
+    if query.is_cuda and kernel_available(query.device):
         from compactor_kernels.biased_decode import biased_decode
 
         out, lse = biased_decode(
@@ -146,10 +148,12 @@ def document_attention(
     return out, lse
 
 
-def _kernel_available() -> bool:
+@cache
+def kernel_available(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a CUDA device: Triton is installed and the GPU is an Ampere or newer."""
     from importlib.util import find_spec
 
-    return find_spec("triton") is not None
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def tail_attention(

@@ -186,17 +186,13 @@ def _lay_out(
     return entries
 
 
-def _header_bytes(
-    metadata: CacheMetadata, head_lengths: list[list[int]], entries: dict[str, TensorEntry]
-) -> bytes:
+def _header_bytes(metadata: CacheMetadata, head_lengths: list[list[int]], entries: dict[str, TensorEntry]) -> bytes:
     """Return length and JSON of the header, padded to a multiple of 8 bytes, its own hash filled in."""
     document = {
         "format_version": FORMAT_VERSION,
         **asdict(metadata),
         "head_lengths": head_lengths,
-        "checksums": {
-            name: {"xxh3_64": entry.xxh3_64, "sha256": entry.sha256} for name, entry in entries.items()
-        },
+        "checksums": {name: {"xxh3_64": entry.xxh3_64, "sha256": entry.sha256} for name, entry in entries.items()},
     }
     header: dict[str, Any] = {
         name: {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.begin, entry.end]}
@@ -248,9 +244,7 @@ def read_metadata(path: AnyPath) -> tuple[CacheMetadata, TensorTable]:
         return reader.metadata, reader.table
 
 
-def load_cache(
-    path: AnyPath, *, device: str | torch.device = "cpu"
-) -> tuple[list[LayerCache], CacheMetadata]:
+def load_cache(path: AnyPath, *, device: str | torch.device = "cpu") -> tuple[list[LayerCache], CacheMetadata]:
     """Load a compacted cache after checking its header, every checksum, and every offset and position.
 
     On the CPU the tensors are views of the mapped file: writing to them does not change it, and while they
@@ -538,9 +532,7 @@ def _check_metadata(metadata: CacheMetadata, head_lengths: list[list[int]]) -> N
     if metadata.dtype not in STORAGE_DTYPES:
         raise _Invalid(f"it stores keys as {metadata.dtype!r}, which is none of {', '.join(STORAGE_DTYPES)}")
     if metadata.position_scheme != "contiguous":
-        raise _OtherVersion(
-            f"has the position scheme {metadata.position_scheme!r} and this release knows 'contiguous'"
-        )
+        raise _OtherVersion(f"has the position scheme {metadata.position_scheme!r} and this release knows 'contiguous'")
     if min(model.num_layers, model.num_kv_heads, model.head_dim) < 1:
         raise _Invalid("its model has no layers, no KV heads or no head dimension")
     if model.num_heads < 1 or model.num_heads % model.num_kv_heads:
@@ -563,14 +555,10 @@ def _check_metadata(metadata: CacheMetadata, head_lengths: list[list[int]]) -> N
             raise _Invalid(f"a head of layer {index} keeps less than no keys, or more than there are tokens")
         window = windows[index]
         if window is not None and set(lengths) != {min(metadata.logical_length, window - 1)}:
-            raise _Invalid(
-                f"layer {index} does not keep all that its sliding window of {window} tokens needs"
-            )
+            raise _Invalid(f"layer {index} does not keep all that its sliding window of {window} tokens needs")
 
 
-def _check_shapes(
-    metadata: CacheMetadata, head_lengths: list[list[int]], entries: dict[str, TensorEntry]
-) -> None:
+def _check_shapes(metadata: CacheMetadata, head_lengths: list[list[int]], entries: dict[str, TensorEntry]) -> None:
     storage, head_dim = STORAGE_DTYPES[metadata.dtype], metadata.model.head_dim
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for index, lengths in enumerate(head_lengths):
@@ -589,9 +577,7 @@ def _check_shapes(
             raise _Invalid(f"{name} is {entry.dtype} {list(entry.shape)} instead of {dtype} {list(shape)}")
 
 
-def _check_rows(
-    index: int, lengths: list[int], metadata: CacheMetadata, bytes_of: Callable[[str], memoryview]
-) -> None:
+def _check_rows(index: int, lengths: list[int], metadata: CacheMetadata, bytes_of: Callable[[str], memoryview]) -> None:
     """Check the contents of one layer's offsets, positions and biases."""
     import numpy as np
 

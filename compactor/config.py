@@ -24,7 +24,7 @@ class CompactSettings:
     max_bytes: int | None = None  # bytes of all tensors in the file: prefix and sliding layers included
     queries: tuple[str, ...] = QUERY_SOURCES
     self_study_tokens: int = 1024  # answer tokens generated over all self-study prompts together
-    chunk: int = 1024  # document tokens per chunk: of the repeat pass and of the selection
+    chunk: int = 1024  # document tokens per piece of the repeat pass
     prefill_chunk: int = 2048  # tokens per forward call of the prefill
     reserve: int = 512  # tokens of the model's window left free for a question and its answer
     ridge: float | None = None  # weight of the pull towards the original values; None chooses on held-out rows
@@ -45,7 +45,7 @@ class CompactSettings:
             raise SettingsError(f"--keep-ratio is {self.keep_ratio:g}; give a fraction above 0 and at most 1.")
         object.__setattr__(self, "queries", _query_sources(self.queries))
         for name, low in (("target_tokens", 1), ("max_bytes", 1), ("self_study_tokens", 1), ("chunk", 16),
-                          ("prefill_chunk", 16), ("reserve", 16)):  # fmt: skip
+                          ("prefill_chunk", 16), ("reserve", 64)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < low:
                 raise SettingsError(f"--{name.replace('_', '-')} is {value}; the least is {low}.")
@@ -53,6 +53,8 @@ class CompactSettings:
             raise SettingsError(f"--ridge is {self.ridge:g}; give a finite number that is not negative.")
         if not self.min_log_bias < 0.0 < self.max_log_bias <= 20.0:
             raise SettingsError("The bias box must contain 0 and its upper end must be at most 20.")
+        if not is_text(self.system or ""):
+            raise SettingsError("--system is not UTF-8; convert it, or check the locale of the terminal.")
         if self.cache_dtype not in CACHE_DTYPES:
             raise SettingsError(f"--cache-dtype is {self.cache_dtype!r}; choose from {', '.join(CACHE_DTYPES)}.")
         if not 0 <= self.seed < 2**63:
@@ -61,6 +63,15 @@ class CompactSettings:
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values, for the file header and the batch manifest."""
         return {**asdict(self), "queries": list(self.queries)}
+
+
+def is_text(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; bytes of the command line that are no text cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _query_sources(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 
 
 def answer(text: str, *, end: str = "\n") -> None:
-    """Write a piece of the result to stdout at once."""
-    sys.stdout.write(text + end)
+    """Write a piece of the result to stdout at once; what its encoding lacks becomes a question mark."""
+    text += end
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
     sys.stdout.flush()
 
 
 def answer_json(value: Any) -> None:
     """Write one JSON document to stdout, on one line."""
-    answer(json.dumps(value, ensure_ascii=False))
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    answer(json.dumps(value, ensure_ascii=not is_utf8))
 
 
 def note(message: str) -> None:

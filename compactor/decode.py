@@ -11,7 +11,7 @@ import torch
 
 from compactor.config import DecodeSettings
 from compactor.errors import DocumentError
-from compactor.reference_queries import pad_token_id, seeded, stop_token_ids
+from compactor.reference_queries import generate, pad_token_id, seeded, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
@@ -58,7 +58,8 @@ def answer_question(
     cache.forget_tail()
     try:
         with seeded(settings.seed, loaded.device):
-            generated = loaded.model.generate(
+            generated = generate(
+                loaded.model,
                 input_ids=input_ids,
                 attention_mask=cache.attention_mask(torch.ones_like(input_ids)),
                 past_key_values=cache,
@@ -74,7 +75,7 @@ def answer_question(
     if token_ids and token_ids[-1] in stop_token_ids(loaded):
         token_ids = token_ids[:-1]
     return Answer(
-        text=loaded.tokenizer.decode(token_ids, skip_special_tokens=True),
+        text=str(loaded.tokenizer.decode(token_ids, skip_special_tokens=True)),
         token_ids=token_ids,
         prompt_tokens=len(question_ids),
         seconds_to_first_token=clock.first,
@@ -114,10 +115,10 @@ class _Clock:
 def _streamer(loaded: LoadedModel, clock: _Clock, on_text: Callable[[str], None] | None) -> TextStreamer:
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):  # type: ignore[misc]
+    class Streamer(TextStreamer):
         def put(self, value: torch.Tensor) -> None:
             clock.put()
-            super().put(value)
+            super().put(value)  # type: ignore[no-untyped-call]
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if on_text is not None and text:

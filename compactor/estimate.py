@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compactor.attention import BLOCK_ELEMENTS
 from compactor.pipeline import fixed_bytes, full_bytes, keeps_everything, num_compacted, prepare, target_total
 from compactor.reference_queries import SELF_STUDY_PROMPTS
 from compactor.solve.budget import key_bytes
@@ -48,7 +49,9 @@ def estimate(document: Document, loaded: LoadedModel, settings: CompactSettings)
     cache = full_bytes(job) * loaded.dtype.itemsize // job.storage_dtype.itemsize
     seconds = phase_seconds(job, weights)
     longest_gram = min(num_document, round(4 * target_total(job) / (num_compacted(loaded) * loaded.num_kv_heads)))
-    workspace = 3 * 4 * (1 << 24) + 3 * 8 * longest_gram**2 + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
+    workspace = (
+        3 * 4 * BLOCK_ELEMENTS + 3 * 8 * longest_gram**2 + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
+    )
     return Estimate(
         document_tokens=num_document,
         full_bytes=full_bytes(job),

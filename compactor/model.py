@@ -241,9 +241,7 @@ def _load_weights(
 
     quantised = field_of(config, "quantization_config") is not None
     if quantised and dtype != "auto":
-        raise SettingsError(
-            f"{source.name} holds quantised weights, which keep their own type; omit --dtype."
-        )
+        raise SettingsError(f"{source.name} holds quantised weights, which keep their own type; omit --dtype.")
     options: dict[str, Any] = {
         "config": config,
         "dtype": "auto" if quantised else _dtype_to_load(config, device, dtype),

@@ -63,13 +63,13 @@ def groups(segments: Sequence[Segment], max_rows: int) -> list[list[Segment]]:
     return result
 
 
-class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PackedLayer(CacheLayerMixin):
     """One layer of a packed pass; subclasses say what attention returns and what is learnt from the queries."""
 
     supports_early_init = False
 
     def __init__(self, full: LayerCache, packed: Packed, logical_length: int, advance: Callable[[int], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.full = full
         self.packed = packed
         self.logical_length = logical_length

@@ -1,7 +1,8 @@
 """Knows how token ids become the full KV cache, chunk by chunk. Knows no question, no budget, no file.
 
-While it runs it can also observe the document's own queries (the `context` reference queries): each is kept in host
-memory and its squared attention is added to its keys' scores, so that they cost no pass of their own.
+While it runs it can also observe the document's own queries (the `context` reference queries): their squared attention
+is added to the scores of earlier keys, so that they cost no pass of their own. Where no other source is there to be
+fitted, the queries themselves are kept in host memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Prefilled:
     document_ids: list[int]
     residual_norms: torch.Tensor  # (num_layers,) float32: median norm of the residual stream after each layer
     context_scores: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (num_kv_heads, num_document)
-    context_queries: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (num_heads, num_document, head_dim)
+    context_queries: dict[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # layer -> (num_heads, num_document, head_dim)
 
     @property
     def logical_length(self) -> int:
@@ -48,13 +51,16 @@ class Prefilled:
         return [i for i, layer in enumerate(self.layers) if layer.sliding_window is None]
 
 
-class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
+class GrowingLayer(CacheLayerMixin):
     """A full-attention layer during prefill: a preallocated dense cache that may observe the document's queries."""
 
     is_sliding = False
 
-    def __init__(self, capacity: int, prefix_length: int, head_gains: torch.Tensor | None) -> None:
-        super().__init__()
+    def __init__(
+        self, capacity: int, prefix_length: int, head_gains: torch.Tensor | None, keep_queries: bool = False
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keep_queries = keep_queries
         self.capacity = capacity
         self.prefix_length = prefix_length
         self.head_gains = head_gains  # (num_heads,) float32, or None to observe nothing
@@ -65,8 +71,8 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate room for the whole sequence."""
         _, num_kv_heads, _, head_dim = key_states.shape
-        self.keys = key_states.new_empty(1, num_kv_heads, self.capacity, head_dim)
-        self.values = torch.empty_like(self.keys)
+        self.key_buffer = key_states.new_empty(1, num_kv_heads, self.capacity, head_dim)
+        self.value_buffer = torch.empty_like(self.key_buffer)
         self.scores = torch.zeros(num_kv_heads, self.capacity, device=key_states.device)
         self.is_initialized = True
 
@@ -77,10 +83,10 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         stop = self.length + key_states.shape[-2]
-        self.keys[:, :, self.length : stop] = key_states
-        self.values[:, :, self.length : stop] = value_states
+        self.key_buffer[:, :, self.length : stop] = key_states
+        self.value_buffer[:, :, self.length : stop] = value_states
         self.length = stop
-        keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
+        keys, values = self.key_buffer[:, :, :stop], self.value_buffer[:, :, :stop]
         return (keys if self.head_gains is None else attention.tag(keys, self)), values
 
     def attend(
@@ -99,19 +105,20 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
         num_kv_heads, kv_len = key.shape[1], key.shape[2]
         grouped = query[0].view(num_kv_heads, -1, q_len, head_dim).float()
         keys, values = key[0].float().unsqueeze(1), value[0].float().unsqueeze(1)
-        weights = self.head_gains.to(query.device).square().view(num_kv_heads, -1, 1, 1)
+        weights = self.head_gains.to(query.device).square().view(num_kv_heads, -1, 1)
         out = torch.empty_like(grouped)
         first = kv_len - q_len
-        for start, stop in attention.row_blocks(q_len, kv_len, num_heads):
+        for start, stop in attention.row_blocks(q_len, kv_len, num_heads, query.device):
             seen = first + stop
             probs = attention.causal_scores(grouped[:, :, start:stop], keys[:, :, :seen], scaling).softmax(-1)
             out[:, :, start:stop] = probs @ values[:, :, :seen]
             for row, last, past in context_spans(first + start, first + stop, self.prefix_length):
                 rows = slice(row - first - start, last - first - start)
-                squared = probs[:, :, rows, self.prefix_length : past].square_().mul_(weights)
-                self.scores[:, self.prefix_length : past] += squared.sum(dim=(1, 2))
-        skipped = max(0, self.prefix_length - first)
-        self.observed.append(query[0, :, skipped:].to("cpu"))
+                norms = torch.linalg.vector_norm(probs[:, :, rows, self.prefix_length : past], dim=2)
+                self.scores[:, self.prefix_length : past] += (norms.square() * weights).sum(1)
+        if self.keep_queries:
+            skipped = max(0, self.prefix_length - first)
+            self.observed.append(query[0, :, skipped:].to("cpu"))
         return out.view(1, num_heads, q_len, head_dim)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -128,7 +135,8 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def finish(self) -> LayerCache:
         """Return the layer as a LayerCache in which every head keeps every key; views, no copies."""
-        return dense_layer(self.keys[0, :, : self.length], self.values[0, :, : self.length], first_position=0)
+        keys, values = self.key_buffer[0, :, : self.length], self.value_buffer[0, :, : self.length]
+        return dense_layer(keys, values, first_position=0)
 
 
 def dense_layer(
@@ -191,16 +199,18 @@ def prefill(
     prefill_chunk: int,
     head_gains: torch.Tensor | None,
     reporter: Reporter,
+    keep_queries: bool = False,
 ) -> Prefilled:
     """Run ``prefix | document`` through the model in chunks of ``prefill_chunk`` tokens.
 
-    head_gains: (num_layers, num_heads) float32 to observe the document's own queries, or None. Logits are never formed.
+    head_gains: (num_layers, num_heads) float32 to score keys by the document's own queries, or None; ``keep_queries``
+    keeps these queries too. Logits are never formed.
     """
     model = loaded.model
     attention.register(model)
     tokens = torch.tensor([*prefix_ids, *document_ids]).unsqueeze(0)
     layers: list[Any] = [
-        GrowingLayer(tokens.shape[1], len(prefix_ids), None if head_gains is None else head_gains[i])
+        GrowingLayer(tokens.shape[1], len(prefix_ids), None if head_gains is None else head_gains[i], keep_queries)
         if window is None
         else DynamicSlidingWindowLayer(sliding_window=window)
         for i, window in enumerate(loaded.sliding_windows)
@@ -223,5 +233,6 @@ def prefill(
             result.layers.append(layer.finish())
             if head_gains is not None:
                 result.context_scores[i] = layer.scores[:, len(prefix_ids) :]
-                result.context_queries[i] = torch.cat(layer.observed, dim=1)
+                if keep_queries:
+                    result.context_queries[i] = torch.cat(layer.observed, dim=1)
     return result

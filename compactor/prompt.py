@@ -45,9 +45,7 @@ class Prompt:
         return encode_plain(self.tokenizer, QUESTION_SEPARATOR + question) + list(self.suffix_ids)
 
 
-def build_prompt(
-    tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, thinking: bool = False
-) -> Prompt:
+def build_prompt(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, thinking: bool = False) -> Prompt:
     """Cut the chat template around a document.
 
     Without a template: BOS where the tokenizer adds one, then the system message and a blank line. Raises
@@ -65,9 +63,7 @@ def build_prompt(
     return Prompt(tuple(prefix_ids), tuple(_encode_template(tokenizer, after)), tokenizer)
 
 
-def _cut_template(
-    tokenizer: PreTrainedTokenizerBase, *, with_system: bool, thinking: bool
-) -> tuple[str, str, str]:
+def _cut_template(tokenizer: PreTrainedTokenizerBase, *, with_system: bool, thinking: bool) -> tuple[str, str, str]:
     """Return the template's text before the system message, between it and the document, after the document.
 
     Without a system message the second piece is empty and the first reaches to the document.
@@ -98,9 +94,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, *, with_system: bool, thinking: 
     if with_system:
         messages.insert(0, {"role": "system", "content": _SYSTEM})
     return str(
-        tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=thinking
-        )
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
     )
 
 
@@ -193,9 +187,7 @@ def _plain_encoder(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int])
     if backend is None:
         return partial(_encode_in_python, tokenizer)
     vocabulary = {
-        token_id: token
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.content not in controls
+        token_id: token for token_id, token in tokenizer.added_tokens_decoder.items() if token.content not in controls
     }
     known_vocabulary, encode = _BACKEND_ENCODERS.get(tokenizer, (None, None))
     if encode is None or known_vocabulary != vocabulary:

@@ -6,7 +6,9 @@ context and self-study prompts follow Attention Matching (arXiv 2602.16284) and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +16,7 @@ from compactor import attach
 from compactor.types import Reporter, Segment
 
 if TYPE_CHECKING:
-    from transformers import StoppingCriteriaList
+    from transformers import PreTrainedModel, StoppingCriteriaList
 
     from compactor.model import LoadedModel
     from compactor.prefill import Prefilled
@@ -82,7 +84,8 @@ def self_study_segments(
     cache = attach.attach_layers(loaded.model, prefilled.layers, prefilled.logical_length)
     input_ids, mask = left_pad(questions, pad_id=pad_token_id(loaded))
     with reporter.phase("self-study", max_new_tokens, "steps") as advance, seeded(seed, loaded.device):
-        generated = loaded.model.generate(
+        generated = generate(
+            loaded.model,
             input_ids=input_ids.to(loaded.device),
             attention_mask=cache.attention_mask(mask).to(loaded.device),
             past_key_values=cache,
@@ -127,28 +130,26 @@ def pad_token_id(loaded: LoadedModel) -> int:
     return min(stop_token_ids(loaded), default=0)
 
 
-class seeded:
-    """Context in which torch's global generators start from ``seed``; their state is restored afterwards."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        devices = [device] if device.type == "cuda" else []
-        self.seed = seed
-        self.fork = torch.random.fork_rng(devices=devices)
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *failure: object) -> None:
-        self.fork.__exit__(*failure)
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Start torch's global generators from ``seed``; their state is restored afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
-def _each_step(call: object) -> StoppingCriteriaList:
+def generate(model: PreTrainedModel, **arguments: Any) -> torch.Tensor:
+    """Call transformers' ``generate``; returns token ids (batch, num_tokens), the prompt's included."""
+    run: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
+    return run(**arguments)
+
+
+def _each_step(call: Callable[[], None]) -> StoppingCriteriaList:
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    class EachStep(StoppingCriteria):  # type: ignore[misc]
+    class EachStep(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-            call()  # type: ignore[operator]
+            call()
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     return StoppingCriteriaList([EachStep()])

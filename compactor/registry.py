@@ -122,16 +122,12 @@ def _source_of(name: str) -> ModelSource:
         return ModelSource("folder", str(path.resolve()), str(path.resolve()))
     if path.is_file():
         if not is_gguf:
-            raise ModelError(
-                f"{name} is a file; a model is a folder, a .gguf file, a hub id or a known name."
-            )
+            raise ModelError(f"{name} is a file; a model is a folder, a .gguf file, a hub id or a known name.")
         return ModelSource("gguf", str(path.resolve()), str(path.resolve()))
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not is_gguf:
         return ModelSource("hub", name, name)
     if is_gguf or "/" in name or os.sep in name or name.startswith(("~", ".")):
-        raise ModelError(
-            f"There is no model at {name}; check the path, or take a name of `compactor models`."
-        )
+        raise ModelError(f"There is no model at {name}; check the path, or take a name of `compactor models`.")
     raise ModelError(f"There is no model called {name!r}; {_did_you_mean(name)}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class LayerCache:
     def head_lengths(self) -> list[int]:
         """Number of kept keys of each KV head, prefix included."""
         bounds = self.offsets.tolist()
-        return [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [end - start for start, end in pairwise(bounds)]
 
     @property
     def nbytes(self) -> int:

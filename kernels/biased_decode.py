@@ -338,9 +338,7 @@ def _check_inputs(
         if tensor.dim() != 2 or tensor.shape[1] != head_dim or tensor.shape[0] != keys.shape[0]:
             raise ValueError(f"{name} must be (num_kept, head_dim={head_dim}), not {tuple(tensor.shape)}.")
         if tensor.dtype != queries.dtype:
-            raise ValueError(
-                f"{name} must have the type of the queries, {queries.dtype}, not {tensor.dtype}."
-            )
+            raise ValueError(f"{name} must have the type of the queries, {queries.dtype}, not {tensor.dtype}.")
     num_kept, num_heads, num_kv_heads = keys.shape[0], queries.shape[1], offsets.numel() - 1
     if biases.shape != (num_kept,) or biases.dtype != torch.float32:
         raise ValueError(f"biases must be ({num_kept},) float32, not {tuple(biases.shape)} {biases.dtype}.")
@@ -359,8 +357,6 @@ def _check_inputs(
     if queries.stride(3) != 1 and head_dim > 1:
         raise ValueError("The last dimension of queries must be contiguous; call .contiguous() first.")
     if max_head_length * num_kv_heads < num_kept:
-        raise ValueError(
-            f"max_head_length={max_head_length} is too short for {num_kept} keys in {num_kv_heads} heads."
-        )
+        raise ValueError(f"max_head_length={max_head_length} is too short for {num_kept} keys in {num_kv_heads} heads.")
     if keys_per_split is not None and keys_per_split < 1:
         raise ValueError(f"keys_per_split must be at least 1, not {keys_per_split}.")

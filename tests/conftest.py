@@ -53,10 +53,11 @@ def command(tmp_path: Path) -> Command:
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Run ``compactor ARGUMENTS...`` in this process, in ``tmp_path``: what is already imported stays so."""
 
-    def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+        given = stdin.encode() if isinstance(stdin, str) else stdin
         words = [str(argument) for argument in arguments]
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
             app.run("compactor", app.umbrella, words)

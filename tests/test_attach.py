@@ -59,7 +59,9 @@ def test_a_cache_that_keeps_every_key_is_the_full_cache(
     cache = attached(loaded, prefilled(loaded))
     with torch.no_grad():
         logits = loaded.model(
-            torch.tensor([question]), past_key_values=cache, attention_mask=cache.attention_mask(torch.ones(1, 5).long())
+            torch.tensor([question]),
+            past_key_values=cache,
+            attention_mask=cache.attention_mask(torch.ones(1, 5).long()),
         ).logits[0]
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
 
@@ -85,12 +87,11 @@ def test_left_padded_questions_equal_single_ones(family: str, tmp_path: Path) ->
         reference_logits(loaded, question)  # leaves the model on eager: the oracle must not use our attention
         with torch.no_grad():
             tokens = torch.tensor([PREFIX + DOCUMENT + question])
-            singles.append(
-                loaded.model.generate(
-                    tokens, past_key_values=DynamicCache(config=loaded.model.config), do_sample=False, max_new_tokens=24,
-                    min_new_tokens=24, pad_token_id=0,
-                )[0, tokens.shape[1] :].tolist()
-            )  # fmt: skip
+            plain = DynamicCache(config=loaded.model.config)
+            answer = loaded.model.generate(
+                tokens, past_key_values=plain, do_sample=False, max_new_tokens=24, min_new_tokens=24, pad_token_id=0
+            )
+            singles.append(answer[0, tokens.shape[1] :].tolist())
     cache = attached(loaded, full)
     ids, mask = left_pad(questions, pad_id=0)
     with torch.no_grad():

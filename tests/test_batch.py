@@ -339,12 +339,8 @@ def test_force_compacts_everything_again(docs: Path, out: Path) -> None:
     assert set(_statuses(_run(docs, out, force=True)).values()) == {"done"}
 
 
-@pytest.mark.parametrize(
-    "damage", [Path.unlink, lambda path: os.truncate(path, 40), lambda path: _flip(path)]
-)
-def test_a_missing_or_damaged_output_is_made_again(
-    docs: Path, out: Path, damage: Callable[[Path], object]
-) -> None:
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 40), lambda path: _flip(path)])
+def test_a_missing_or_damaged_output_is_made_again(docs: Path, out: Path, damage: Callable[[Path], object]) -> None:
     _run(docs, out)
     damage(out / "a.txt.kv")
     assert _statuses(_run(docs, out))["a.txt"] == "done"
@@ -676,9 +672,7 @@ def test_control_characters_of_a_name_never_reach_the_terminal(docs: Path, batch
     ("arguments", "exit_code"),
     [(["--keep-ratio", "2"], 2), (["--exclude", "*"], 3), (["--model", "/nowhere/model"], 4)],
 )
-def test_bad_arguments_have_their_exit_codes(
-    batch_command: Command, arguments: list[str], exit_code: int
-) -> None:
+def test_bad_arguments_have_their_exit_codes(batch_command: Command, arguments: list[str], exit_code: int) -> None:
     ran = batch_command(*arguments)
     assert ran.exit_code == exit_code
     assert ran.err.splitlines()[-1].startswith("error: ")

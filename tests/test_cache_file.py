@@ -78,9 +78,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> Non
 
 def test_tensors_come_back_from_another_process(saved: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.kv"
-    program = (
-        "from compactor.cache_file import *; import sys; save_cache(sys.argv[2], *load_cache(sys.argv[1]))"
-    )
+    program = "from compactor.cache_file import *; import sys; save_cache(sys.argv[2], *load_cache(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", program, str(saved), str(again)], check=True)
     assert again.read_bytes() == saved.read_bytes()
 
@@ -610,9 +608,7 @@ def test_an_existing_file_is_replaced_only_with_force(saved: Path) -> None:
     assert load_cache(saved)[1].dtype == "float32"
 
 
-def test_a_file_that_appears_while_writing_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_appears_while_writing_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, real = tmp_path / "doc.kv", os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -746,9 +742,7 @@ def test_a_file_over_the_limit_of_the_system_leaves_everything_as_it_was(saved: 
     assert saved.read_bytes() == before
 
 
-def test_file_and_folder_are_synced_around_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_and_folder_are_synced_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
     def record(name: str) -> None:

@@ -41,9 +41,7 @@ print("PROBE", code, heavy)
 def probe(start: str, *arguments: str, cwd: Path) -> tuple[int, list[str]]:
     """Start a command in a process of its own; return its exit code and what it should not have imported."""
     words = [sys.executable, "-c", PROBE.format(heavy=HEAVY), start, *arguments]
-    done = subprocess.run(
-        words, cwd=cwd, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
-    )
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
     code, heavy = done.stdout.splitlines()[-1].removeprefix("PROBE ").split(" ", 1)
     return int(code), json.loads(heavy.replace("'", '"'))
 
@@ -88,17 +86,13 @@ def test_help_imports_nothing_heavy(start: str, arguments: list[str], tmp_path: 
         ("main", ["inspect", "missing.kv"], 5),
     ],
 )
-def test_bad_arguments_import_nothing_heavy(
-    start: str, arguments: list[str], exit_code: int, tmp_path: Path
-) -> None:
+def test_bad_arguments_import_nothing_heavy(start: str, arguments: list[str], exit_code: int, tmp_path: Path) -> None:
     assert probe(start, *arguments, cwd=tmp_path) == (exit_code, [])
 
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
     code = f"import compactor, sys; print([n for n in {HEAVY!r} if n in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
@@ -220,9 +214,7 @@ def test_debug_variable_shows_the_traceback(
 
 
 def test_every_error_has_an_exit_code_of_its_own_in_the_reference() -> None:
-    kinds = [
-        kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind is not errors.CompactorError
-    ]
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind is not errors.CompactorError]
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
     table = reference.exit_codes()

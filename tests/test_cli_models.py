@@ -42,9 +42,7 @@ class FakeHub(BaseHTTPRequestHandler):
         files = {file.name: file for file in self.folder.iterdir()}
         if "owner/gated" in path:
             self._send(403, b"{}", {"X-Error-Code": "GatedRepo"}, with_body)
-        elif path.startswith(
-            ("/api/models/owner/tiny/revision/main", f"/api/models/owner/tiny/revision/{COMMIT}")
-        ):
+        elif path.startswith(("/api/models/owner/tiny/revision/main", f"/api/models/owner/tiny/revision/{COMMIT}")):
             listing = [{"rfilename": name} for name in files]
             info = {"id": "owner/tiny", "sha": COMMIT, "siblings": listing, "tags": [], "private": False}
             self._send(200, json.dumps(info).encode(), {}, with_body)
@@ -157,9 +155,7 @@ def test_pull_fetches_a_hub_model_that_then_works_offline(environment: dict[str,
         "print(loaded.name, loaded.revision, loaded.identity().revision)"
     )
     command = [sys.executable, "-c", code]
-    loaded = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+    loaded = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert loaded.stdout.split() == ["owner/tiny", COMMIT, COMMIT], loaded.stderr
     assert FakeHub.asked == []
 
@@ -200,9 +196,7 @@ def test_an_unknown_name_gets_a_suggestion(environment: dict[str, str]) -> None:
 # ----------------------------------------------------------------------------------------------------- doctor
 
 
-def test_doctor_reports_this_machine_and_recommends_a_known_model(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_doctor_reports_this_machine_and_recommends_a_known_model(environment: dict[str, str], tmp_path: Path) -> None:
     seen = run(environment, "doctor", "--json")
     report = json.loads(seen.stdout)
     assert (seen.returncode, report["ok"]) == (0, True)

@@ -49,9 +49,7 @@ def test_compact_for_programs_prints_one_json_document(invoke: Command, folder: 
     assert made["file"]["tensor_bytes"] == made["report"]["tensor_bytes"] < made["report"]["full_bytes"]
 
 
-def test_dry_run_reads_standard_input_and_writes_nothing(
-    invoke: Command, folder: Path, tmp_path: Path
-) -> None:
+def test_dry_run_reads_standard_input_and_writes_nothing(invoke: Command, folder: Path, tmp_path: Path) -> None:
     text = (folder / "doc.txt").read_text()
     done = invoke("compact", "-", "-m", folder / "tiny", "--dry-run", "--json", stdin=text)
     assert done.returncode == 0, done.stderr

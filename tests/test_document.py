@@ -260,9 +260,7 @@ def test_a_scanned_pdf_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"%PDF-1.4\nnothing", b"no pdf at all", _pdf("Clause 7")[:200]])
-def test_a_broken_pdf_is_refused_without_noise(
-    tmp_path: Path, data: bytes, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_pdf_is_refused_without_noise(tmp_path: Path, data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     assert "broken or not a PDF" in _sentence(_write(tmp_path, "a.pdf", data))
     assert capfd.readouterr().err == ""
 
@@ -270,9 +268,7 @@ def test_a_broken_pdf_is_refused_without_noise(
 def test_a_word_document_becomes_markdown(tmp_path: Path) -> None:
     row = "<w:tr>" + "<w:tc><w:p><w:r><w:t>{}</w:t></w:r></w:p></w:tc>" * 2 + "</w:tr>"
     table = "<w:tbl>" + row.format("month", "rent") + row.format("May", "750") + "</w:tbl>"
-    body = PARAGRAPH.format("Heading1", "Lease") + PARAGRAPH.format(
-        "Normal", "Größe_of_flat: 3 * 4 &lt;m&gt;"
-    )
+    body = PARAGRAPH.format("Heading1", "Lease") + PARAGRAPH.format("Normal", "Größe_of_flat: 3 * 4 &lt;m&gt;")
     text = read_document(_write(tmp_path, "a.docx", _docx(body + table))).text
     assert text.startswith("# Lease\n\nGröße_of_flat: 3 * 4 ")
     assert re.search(r"\| month +\| rent +\|", text)
@@ -294,9 +290,7 @@ def test_a_word_document_without_text_is_refused(tmp_path: Path) -> None:
     assert "no text" in _sentence(_write(tmp_path, "a.docx", _docx("<w:p/>")))
 
 
-def test_a_word_document_that_unpacks_too_far_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_word_document_that_unpacks_too_far_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document, "MAX_BYTES", 2**20)
     path = _write(tmp_path, "a.docx", _docx(PARAGRAPH.format("Normal", "x" * 2**21)))
     assert "unpacks to over 1 MiB" in _sentence(path)
@@ -362,9 +356,7 @@ def test_a_missing_library_is_named_by_its_extra(
         ("a.zip", b"PK\x03\x04", False),
     ],
 )
-def test_binary_and_blank_files_are_not_meant_to_be_read(
-    tmp_path: Path, name: str, data: bytes, meant: bool
-) -> None:
+def test_binary_and_blank_files_are_not_meant_to_be_read(tmp_path: Path, name: str, data: bytes, meant: bool) -> None:
     assert is_document(Path(_write(tmp_path, name, data))) is meant
 
 

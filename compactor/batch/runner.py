@@ -194,9 +194,7 @@ def run_batch(
         except Exception as failure:  # whatever it is, the other documents must not suffer from it
             record = replace(record, error=type(failure).__name__, message=describe(failure))
         elapsed_s = round(time.perf_counter() - started, 3)
-        record = replace(
-            record, elapsed_s=elapsed_s, finished=datetime.now(UTC).isoformat(timespec="seconds")
-        )
+        record = replace(record, elapsed_s=elapsed_s, finished=datetime.now(UTC).isoformat(timespec="seconds"))
         manifest.append(record)
         yield record
 
@@ -231,9 +229,7 @@ def _open(job: Job, made: Record | None, root: str, force: bool) -> tuple[Docume
     return document, force or _may_replace(job, made, root, document)
 
 
-def _make(
-    job: Job, document: Document, may_replace: bool, compact_one: CompactOne
-) -> tuple[CacheMetadata, FileSizes]:
+def _make(job: Job, document: Document, may_replace: bool, compact_one: CompactOne) -> tuple[CacheMetadata, FileSizes]:
     _make_folder(job.output.parent)
     check_output(job.output, may_replace)  # now, and not after the long work
     cache = compact_one(document)

@@ -5,6 +5,7 @@ The umbrella imports a command's module when the command is called, or when help
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -65,9 +66,7 @@ def first_sentence(text: str | None) -> str:
 
 def umbrella() -> Any:
     """Return the command ``compactor`` with all the others below it."""
-    app = typer.Typer(
-        cls=LazyGroup, add_completion=False, rich_markup_mode=None, context_settings=CONTEXT_SETTINGS
-    )
+    app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None, context_settings=CONTEXT_SETTINGS)
     app.callback(invoke_without_command=True)(_umbrella)
     return typer.main.get_command(app)
 
@@ -89,6 +88,9 @@ def _umbrella(
 def run(name: str, load: Callable[[], Any], arguments: list[str] | None = None) -> NoReturn:
     """Load a command, run it with ``arguments`` (by default the process's own), leave with its exit code."""
 
+    if arguments is None:
+        stop_like_ctrl_c()
+
     def invoke() -> None:
         given = sys.argv[1:] if arguments is None else list(arguments)
         command = load()
@@ -96,6 +98,14 @@ def run(name: str, load: Callable[[], Any], arguments: list[str] | None = None) 
             command.invoke(context)
 
     sys.exit(exit_code_of(invoke))
+
+
+def stop_like_ctrl_c() -> None:
+    """Let SIGTERM and a closed terminal stop the process as Ctrl-C does: temporary files are removed."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, signal.default_int_handler)
 
 
 def main() -> NoReturn:

@@ -148,9 +148,7 @@ def batch_command(
     from compactor.model import load_model  # only now torch, which takes seconds to import
 
     reporter = console.ConsoleReporter(quiet=quiet)
-    loaded = load_model(
-        model, revision=revision, device=device, dtype=dtype, offline=offline, reporter=reporter
-    )
+    loaded = load_model(model, revision=revision, device=device, dtype=dtype, offline=offline, reporter=reporter)
     if dry_run:
         _plan(batch, manifest, loaded, settings, force=force, json=json)
     else:
@@ -240,9 +238,7 @@ def outcome_digest(loaded: LoadedModel, settings: CompactSettings) -> str:
     identity = asdict(loaded.identity())
     for where_it_lies in ("name", "revision"):
         del identity[where_it_lies]
-    return settings_digest(
-        settings.to_json(), model=identity, dtype=str(loaded.dtype), format_version=FORMAT_VERSION
-    )
+    return settings_digest(settings.to_json(), model=identity, dtype=str(loaded.dtype), format_version=FORMAT_VERSION)
 
 
 def ending(record: Record) -> str:

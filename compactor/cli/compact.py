@@ -36,7 +36,7 @@ from compactor.cli.options import (
     Thinking,
     split_list,
 )
-from compactor.cli.units import show_bytes, show_fields, show_number, show_seconds
+from compactor.cli.units import show_bytes, show_factor, show_fields, show_number, show_seconds
 from compactor.config import CompactSettings
 from compactor.errors import SettingsError
 
@@ -51,15 +51,11 @@ SUFFIX = ".kv"
 def compact_command(
     document: Annotated[
         str,
-        typer.Argument(
-            metavar="DOC", help="Text, Markdown, source code, .pdf, .docx or .html; - is standard input."
-        ),
+        typer.Argument(metavar="DOC", help="Text, Markdown, source code, .pdf, .docx or .html; - is standard input."),
     ],
     output: Annotated[
         str | None,
-        typer.Option(
-            "-o", "--output", metavar="FILE", help="The file to write; without it DOC's name with .kv, here."
-        ),
+        typer.Option("-o", "--output", metavar="FILE", help="The file to write; without it DOC's name with .kv, here."),
     ] = None,
     keep_ratio: KeepRatio = None,
     target_tokens: TargetTokens = None,
@@ -109,13 +105,15 @@ def compact_command(
         thinking=thinking,
         seed=seed,
     )
-    path = None if dry_run else Path(output) if output else default_output(document)
+    path: str | Path | None = None
+    if not dry_run:  # as it was given: Path would drop the slash that tells a folder
+        path = default_output(document) if output is None else output
     reporter = console.ConsoleReporter(quiet=quiet)
     try:
         from compactor.document import read_document
         from compactor.output import check_output
 
-        if path:
+        if path is not None:
             check_output(path, force)
         text = read_document(document)
 
@@ -123,10 +121,8 @@ def compact_command(
         from compactor.estimate import estimate
         from compactor.model import load_model
 
-        loaded = load_model(
-            model, revision=revision, device=device, dtype=dtype, offline=offline, reporter=reporter
-        )
-        if not path:
+        loaded = load_model(model, revision=revision, device=device, dtype=dtype, offline=offline, reporter=reporter)
+        if path is None:
             expected = asdict(estimate(text, loaded, settings))
             console.answer_json(expected) if json else console.answer(show_estimate(expected))
             return
@@ -150,7 +146,7 @@ def default_output(document: str) -> Path:
     return Path(name).with_suffix(SUFFIX)
 
 
-def summary(path: Path, cache: CompactedCache, sizes: FileSizes) -> dict[str, Any]:
+def summary(path: str | Path, cache: CompactedCache, sizes: FileSizes) -> dict[str, Any]:
     """Return what was made, as plain JSON values."""
     metadata = cache.metadata
     return {
@@ -166,7 +162,7 @@ def summary(path: Path, cache: CompactedCache, sizes: FileSizes) -> dict[str, An
     }
 
 
-def show_summary(path: Path, cache: CompactedCache, sizes: FileSizes) -> str:
+def show_summary(path: str | Path, cache: CompactedCache, sizes: FileSizes) -> str:
     """Return what was made, for people: tokens, kept keys, bytes, seconds per phase, reconstruction error."""
     metadata = cache.metadata
     report = dict(metadata.report)
@@ -184,7 +180,7 @@ def show_summary(path: Path, cache: CompactedCache, sizes: FileSizes) -> str:
     if full_bytes:
         fields["size"] = (
             f"{show_bytes(full_bytes)} -> {show_bytes(tensor_bytes)}, "
-            f"{full_bytes / tensor_bytes:.1f} times smaller, header {show_bytes(sizes.header_bytes)}"
+            f"{show_factor(full_bytes, tensor_bytes)}, header {show_bytes(sizes.header_bytes)}"
         )
     if seconds:
         fields["time"] = f"{show_seconds(sum(seconds.values()))}: {show_phases(seconds)}"

@@ -11,7 +11,7 @@ import typer
 
 from compactor import console
 from compactor.cli.options import Device, Dtype, Json, Model, Offline, Seed
-from compactor.cli.units import show_bytes, show_seconds
+from compactor.cli.units import show_bytes, show_factor, show_seconds
 
 if TYPE_CHECKING:
     from compactor.attach import CompactedCache
@@ -19,23 +19,21 @@ if TYPE_CHECKING:
     from compactor.evaluate.compare import Comparison
     from compactor.pipeline import Job
 
-DOCUMENT = "mpl-2.0.txt"  # Mozilla Public License 2.0: a legal text that may be copied verbatim
+DOCUMENT = "gpl-1.0.txt"  # GNU General Public License, version 1: "verbatim copies" of it are permitted to everyone
 QUESTIONS = (
-    "Who is the license steward?",
-    'What is a "Larger Work"?',
-    "Within how many days must a violation be cured after the first notice?",
+    "Who may copy and distribute verbatim copies of this license document?",
+    'What does "Program" refer to?',
+    "For how many years must the written offer of source code be valid?",
 )
 KEEP_RATIO = 0.2
 SELF_STUDY_TOKENS = 384
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 32
 
 
 def demo_command(
     output: Annotated[
         str | None,
-        typer.Option(
-            "-o", "--output", metavar="FILE", help="Keep the compacted cache here (replaced if it exists)."
-        ),
+        typer.Option("-o", "--output", metavar="FILE", help="Keep the compacted cache here (replaced if it exists)."),
     ] = None,
     model: Model = None,
     device: Device = "auto",
@@ -44,24 +42,27 @@ def demo_command(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Compact a document that ships with compactor (the Mozilla Public License 2.0) and ask it three questions.
+    """Compact a document that ships with compactor (the GNU GPL, version 1) and ask it three questions.
 
     Shows the file's size against the full cache, answers with the full and with the compacted cache side by side, and
     how far the compacted cache, a truncated document and random keys of the same bytes are from the full cache.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _demo(Path(output or Path(folder) / "demo.kv"), model, device, dtype, offline, seed, json)
+        path = Path(folder) / "demo.kv" if output is None else output
+        _demo(path, model, device, dtype, offline, seed, json)
 
 
 def _demo(
-    path: Path, model: str | None, device: str, dtype: str, offline: bool, seed: int, as_json: bool
+    path: str | Path, model: str | None, device: str, dtype: str, offline: bool, seed: int, as_json: bool
 ) -> None:
     from compactor import attach, pipeline
     from compactor.config import CompactSettings, DecodeSettings
     from compactor.document import make_document
     from compactor.evaluate.compare import compare_answers
     from compactor.model import load_model
+    from compactor.output import check_output
 
+    check_output(path, force=True)
     reporter = console.ConsoleReporter()
     loaded = load_model(model, device=device, dtype=dtype, offline=offline, reporter=reporter)
     text = files("compactor").joinpath("data", DOCUMENT).read_text(encoding="utf-8")
@@ -82,9 +83,7 @@ def _mean_kl(comparisons: list[Comparison]) -> dict[str, float]:
     return {name: sum(one.kl[name] for one in comparisons) / len(comparisons) for name in names}
 
 
-def _as_json(
-    job: Job, cache: CompactedCache, sizes: FileSizes, comparisons: list[Comparison]
-) -> dict[str, object]:
+def _as_json(job: Job, cache: CompactedCache, sizes: FileSizes, comparisons: list[Comparison]) -> dict[str, object]:
     return {
         "document": job.document.name,
         "model": job.loaded.name,
@@ -116,7 +115,7 @@ def _show(job: Job, cache: CompactedCache, sizes: FileSizes, comparisons: list[C
         f"{show_seconds(sum(job.seconds.values()))} with {job.loaded.name}\n"
         f"full cache {show_bytes(report['full_bytes'])}, compacted {show_bytes(sizes.tensor_bytes)} "
         f"(and {show_bytes(sizes.header_bytes)} of header): "
-        f"{report['full_bytes'] / sizes.tensor_bytes:.1f} times smaller\n"
+        f"{show_factor(report['full_bytes'], sizes.tensor_bytes)}\n"
     )
     answers = Table(show_lines=True)
     for column in ("question", "answer from the full cache", "answer from the compacted cache"):
@@ -124,9 +123,7 @@ def _show(job: Job, cache: CompactedCache, sizes: FileSizes, comparisons: list[C
     for one in comparisons:
         answers.add_row(escape(one.question), escape(one.full.text), escape(one.compacted.text))
     screen.print(answers)
-    distances = Table(
-        title="Distance to the full cache on its own answers, equal bytes", title_justify="left"
-    )
+    distances = Table(title="Distance to the full cache on its own answers, equal bytes", title_justify="left")
     distances.add_column("cache")
     distances.add_column("KL, nats per token", justify="right")
     distances.add_column("same token", justify="right")

@@ -21,7 +21,7 @@ from compactor.registry import DEFAULT_MODEL, KNOWN_MODELS, KnownModel, cache_fo
 
 DISTRIBUTION = "kv-compactor"
 OLDEST_PYTHON = (3, 11)
-NECESSARY = ("torch", "transformers", "tokenizers", "safetensors", "scipy", "xxhash")
+NECESSARY = ("torch", "transformers", "tokenizers", "safetensors", "xxhash")
 CONVERSION = ("gguf", "accelerate")  # for GGUF files, and so for the default model the first time
 EXTRAS = ("documents", "plots")
 DOCUMENT_TOKENS = 16_384  # a model is recommended with room for this much text in full
@@ -115,9 +115,7 @@ def _gpu() -> Finding:
             return Finding("GPU", "Apple GPU through MPS, sharing the host's memory")
         built_for = torch.version.cuda or torch.version.hip
         if built_for:
-            return Finding(
-                "GPU", f"none found; this PyTorch is built for {built_for}", "note", "look at its driver"
-            )
+            return Finding("GPU", f"none found; this PyTorch is built for {built_for}", "note", "look at its driver")
     return Finding("GPU", "none; models run on the CPU", "note")
 
 
@@ -188,9 +186,7 @@ def recommend(kind: str, memory_bytes: int, cores: int) -> tuple[KnownModel, str
 
     Gated models are left out: not everyone can fetch them.
     """
-    fitting = [
-        known for known in KNOWN_MODELS if not known.gated and _needs_bytes(known, kind) <= memory_bytes
-    ]
+    fitting = [known for known in KNOWN_MODELS if not known.gated and _needs_bytes(known, kind) <= memory_bytes]
     if kind == "cpu":
         fitting = [known for known in fitting if known.parameters <= cores * CPU_PARAMETERS_PER_CORE]
     best = max(fitting, key=lambda known: known.parameters, default=KNOWN_MODELS[0])
@@ -217,10 +213,7 @@ def machine_memory() -> tuple[str, int, int]:
         import torch
 
         if torch.cuda.is_available():
-            sizes = [
-                torch.cuda.get_device_properties(index).total_memory
-                for index in range(torch.cuda.device_count())
-            ]
+            sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
             return "cuda", max(sizes), usable_cores()
         if torch.backends.mps.is_available():
             return "mps", total * 7 // 10, usable_cores()

@@ -10,7 +10,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import typer
@@ -20,10 +21,8 @@ from compactor.errors import INTERRUPTED_EXIT_CODE, CompactorError, MemoryShortE
 
 BROKEN_PIPE_EXIT_CODE = 141  # what a shell reports of a program that the closed pipe stopped
 DEBUG_VARIABLE = "COMPACTOR_DEBUG"
-OUT_OF_MEMORY = (
-    "The machine ran out of {where} memory; lower --prefill-chunk or --chunk, take a smaller model, "
-    "or give --dtype bfloat16."
-)
+OUT_OF_MEMORY = "The machine ran out of {where} memory; {remedy}."
+LESS_MEMORY = "lower --prefill-chunk or --chunk, take a smaller model, or give --dtype bfloat16"
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 OUTPUT_ERRNOS = {
     errno.ENOSPC: "the disk is full",
@@ -67,13 +66,24 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, BrokenPipeError):
         return Failure("", BROKEN_PIPE_EXIT_CODE)
     if where := _memory_that_ran_out(error):
-        return Failure(OUT_OF_MEMORY.format(where=where), MemoryShortError.exit_code)
+        return Failure(OUT_OF_MEMORY.format(where=where, remedy=LESS_MEMORY), MemoryShortError.exit_code)
     if isinstance(error, OSError) and error.errno in OUTPUT_ERRNOS:
         what = error.filename or "the output"
         return Failure(f"Cannot write {what}: {OUTPUT_ERRNOS[error.errno]}.", OutputError.exit_code)
     kind = type(error).__name__
     text = " ".join(str(error).split()) or "no message"
     return Failure(f"internal error: {kind}: {text}; rerun with {DEBUG_VARIABLE}=1 for the traceback", 1)
+
+
+@contextmanager
+def memory_remedy(remedy: str) -> Iterator[None]:
+    """Where memory runs out inside, raise MemoryShortError with what this command can lower."""
+    try:
+        yield
+    except Exception as error:
+        if where := _memory_that_ran_out(error):
+            raise MemoryShortError(OUT_OF_MEMORY.format(where=where, remedy=remedy)) from error
+        raise
 
 
 def _tell(error: BaseException) -> int:

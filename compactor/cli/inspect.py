@@ -124,8 +124,7 @@ def show_cache(file: str, metadata: CacheMetadata, table: TensorTable, *, verifi
         f"{model.num_kv_heads} KV heads of {model.head_dim}",
         "document": metadata.document_name,
         "document SHA-256": metadata.document_sha256,
-        "tokens": f"{metadata.document_tokens:,} of the document, "
-        f"after {metadata.prefix_length:,} of the prompt",
+        "tokens": f"{metadata.document_tokens:,} of the document, after {metadata.prefix_length:,} of the prompt",
         "system message": "none" if metadata.system is None else metadata.system,
         "thinking": "on" if metadata.thinking else "off",
         "kept": f"{kept:,} of {total:,} document keys" + (f" ({kept / total:.1%})" if total else ""),

@@ -75,9 +75,7 @@ SelfStudyTokens = Annotated[
 ]
 Chunk = Annotated[
     int,
-    typer.Option(
-        "--chunk", metavar="N", help="Document tokens per chunk of the repeat pass and of the selection."
-    ),
+    typer.Option("--chunk", metavar="N", help="Document tokens per piece of the repeat pass."),
 ]
 PrefillChunk = Annotated[
     int, typer.Option("--prefill-chunk", metavar="N", help="Tokens per forward call of the prefill.")
@@ -109,13 +107,9 @@ CacheDtype = Annotated[
 ]
 System = Annotated[
     str | None,
-    typer.Option(
-        "-s", "--system", metavar="TEXT", help="System message; it precedes the document and is recorded."
-    ),
+    typer.Option("-s", "--system", metavar="TEXT", help="System message; it precedes the document and is recorded."),
 ]
-Thinking = Annotated[
-    bool, typer.Option("--thinking", help="Let a model that can think do so before it answers.")
-]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Let a model that can think do so before it answers.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is sampled.")]
 
 # What is printed.

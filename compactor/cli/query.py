@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compactor import console
+from compactor.cli.failures import memory_remedy
 from compactor.cli.options import DECODE_DEFAULTS, Device, Dtype, Json, Offline, Quiet, Revision, Seed
 from compactor.cli.units import show_seconds
-from compactor.config import DecodeSettings
+from compactor.config import DecodeSettings, is_text
 from compactor.errors import SettingsError
 
 if TYPE_CHECKING:
     from compactor.decode import Answer
 
 STDIN = "-"
+LESS_MEMORY = "lower --max-new-tokens, ask a shorter question, or give --dtype bfloat16 or another --device"
 
 
 def query_command(
@@ -34,15 +36,11 @@ def query_command(
     ] = DECODE_DEFAULTS.max_new_tokens,
     temperature: Annotated[
         float,
-        typer.Option(
-            "-t", "--temperature", metavar="X", help="Sampling temperature; 0 takes the likeliest token."
-        ),
+        typer.Option("-t", "--temperature", metavar="X", help="Sampling temperature; 0 takes the likeliest token."),
     ] = DECODE_DEFAULTS.temperature,
     top_p: Annotated[
         float,
-        typer.Option(
-            "--top-p", metavar="FRACTION", help="Sample from the likeliest tokens of this total probability."
-        ),
+        typer.Option("--top-p", metavar="FRACTION", help="Sample from the likeliest tokens of this total probability."),
     ] = DECODE_DEFAULTS.top_p,
     seed: Seed = DECODE_DEFAULTS.seed,
     model: Annotated[
@@ -73,6 +71,8 @@ def query_command(
     from_stdin = not questions or questions == [STDIN]
     if not from_stdin and any(not question.strip() for question in questions or []):
         raise SettingsError("A question is empty; ask something.")
+    if not all(map(is_text, questions or [])):
+        raise SettingsError("A question is not UTF-8; convert it, or check the locale of the terminal.")
 
     from compactor.cache_file import read_metadata
 
@@ -101,7 +101,8 @@ def query_command(
             _separate(question, first=asked == 0)
         asked += 1
         on_text = None if json else _stream
-        answer = decode.answer_question(loaded, cache, prompt, question, settings, on_text)
+        with memory_remedy(LESS_MEMORY):
+            answer = decode.answer_question(loaded, cache, prompt, question, settings, on_text)
         if json:
             console.answer_json({"question": question, "answer": answer.text, "usage": _usage(answer)})
         else:

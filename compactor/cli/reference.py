@@ -46,7 +46,7 @@ def exit_codes() -> str:
         if issubclass(kind, errors.CompactorError) and kind is not errors.CompactorError:
             rows.append((kind.exit_code, name, _one_line(kind.__doc__)))
     rows += [
-        (errors.INTERRUPTED_EXIT_CODE, "interrupted", "Ctrl-C; no half-written file is left."),
+        (errors.INTERRUPTED_EXIT_CODE, "interrupted", "Ctrl-C, or SIGTERM; no half-written file is left."),
         (BROKEN_PIPE_EXIT_CODE, "closed pipe", "Whoever read the output stopped reading."),
     ]
     table = [f"| {code} | {name} | {what} |" for code, name, what in sorted(rows)]
@@ -64,10 +64,7 @@ def _command(path: str, command: Any, *, short: str | None = None, listed: bool 
         rows = ["| option | what | default |", "| --- | --- | --- |", *map(_row, parameters), ""]
         yield "\n".join(rows)
     if listed:
-        yield (
-            "\n".join(f"- `{path} {name}`: {first_sentence(child.help)}" for name, child in below.items())
-            + "\n"
-        )
+        yield ("\n".join(f"- `{path} {name}`: {first_sentence(child.help)}" for name, child in below.items()) + "\n")
     else:
         for name, child in below.items():
             yield from _command(f"{path} {name}", child)

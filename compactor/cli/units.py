@@ -14,6 +14,11 @@ def show_bytes(count: int | float) -> str:
     return f"{count:.1f} {unit}" if abs(count) < 99.95 else f"{count:.0f} {unit}"
 
 
+def show_factor(before: int, after: int) -> str:
+    """Return how sizes compare: 9.4 times smaller, 1.1 times larger."""
+    return f"{before / after:.1f} times smaller" if after <= before else f"{after / before:.1f} times larger"
+
+
 def show_seconds(elapsed_s: float) -> str:
     """Return a duration: 0.31 s, 12.4 s, 3 min 05 s, 2 h 10 min."""
     if elapsed_s < 9.995:
@@ -38,9 +43,7 @@ def show_fields(fields: dict[str, object], *, indent: str = "  ") -> str:
     """Return a line per field, names aligned; a unit in the name (``_bytes``, ``_seconds``) decides how."""
     labels = {name: name.removesuffix("_seconds").replace("_", " ") for name in fields}
     width = max(map(len, labels.values()), default=0)
-    return "\n".join(
-        f"{indent}{labels[name]:<{width}}  {_show(name, value)}" for name, value in fields.items()
-    )
+    return "\n".join(f"{indent}{labels[name]:<{width}}  {_show(name, value)}" for name, value in fields.items())
 
 
 def _show(name: str, value: object) -> str:

@@ -12,8 +12,8 @@ from compactor.types import LayerCache
 def truncation(full: Prefilled, num_kept: int) -> tuple[list[LayerCache], int]:
     """Cut the document after its first ``num_kept`` tokens.
 
-    Returns the layers and the shorter logical length. Causality makes this exact: the keys of a document's beginning do
-    not depend on its end. Sliding layers cannot be cut afterwards, so they keep their last window of the whole document.
+    Returns the layers and the shorter logical length. Causality makes this exact: keys of a document's beginning do not
+    depend on its end. Sliding layers cannot be cut afterwards, so they keep their last window of the whole document.
     """
     length = full.prefix_length + num_kept
     layers = []

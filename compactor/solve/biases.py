@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 JITTER = 1e-12  # of the mean diagonal, added to Cholesky factors of singular blocks; raised tenfold on failure
-TOLERANCE = 1e-9  # on the projected gradient, relative to the largest |r|
+TOLERANCE = 1e-9  # default, on the projected gradient, relative to the largest |r|
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ def solve_box_nnls(
     lower: float | torch.Tensor,
     upper: float | torch.Tensor,
     start: torch.Tensor | None = None,
+    tolerance: float = TOLERANCE,
     max_iterations: int = 200,
 ) -> BoxFit:
     """Solve min b^T gram b / 2 - rhs^T b over the box by projected Newton steps (Bertsekas 1982, section 1.5).
 
     gram: (n, n) symmetric positive semi-definite, rhs: (n,), both converted to float64; ``lower`` and ``upper`` are
     numbers or (n,). Each step solves the free variables exactly by Cholesky and searches along the projection arc, so
-    the free set settles in a few steps; it stops when the projected gradient is below `TOLERANCE`. Columns are scaled
+    the free set settles in a few steps; it stops when the projected gradient is below ``tolerance``. Columns are scaled
     to unit diagonal first. Never raises on singular input: unseen keys (zero columns) stay at ``start`` (default 1).
     """
     gram, rhs = gram.double(), rhs.double()
@@ -59,18 +60,23 @@ def solve_box_nnls(
         pinned = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0)) | ~seen
         projected = torch.where(pinned, 0.0, gradient)
         optimality = float(projected.abs().max()) / reference if rhs.numel() else 0.0
-        if optimality <= TOLERANCE or iterations >= max_iterations:
+        if optimality <= tolerance or iterations >= max_iterations:
             break
         iterations += 1
         x, moved = _projected_newton_step(gram, gradient, x, ~pinned, low, high)
         gradient = gram @ x - rhs
         if not moved:
             break
-    return BoxFit(x / scale, iterations, optimality <= TOLERANCE, optimality)
+    return BoxFit(x / scale, iterations, optimality <= tolerance, optimality)
 
 
 def _projected_newton_step(
-    gram: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor, free: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+    gram: torch.Tensor,
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    free: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
 ) -> tuple[torch.Tensor, bool]:
     index = free.nonzero().squeeze(-1)
     direction = torch.zeros_like(x)

@@ -26,6 +26,10 @@ from compactor.types import LayerCache
 HELD_OUT_SPAN, HELD_OUT_EVERY = 32, 5  # one span of 32 rows in five chooses the ridge
 BIAS_PRIOR = 1e-3  # pull of each b towards 1, relative to its own diagonal entry
 REFILLS = 3  # rounds in which keys at the lower bound give their slot to the next of the ranking
+WORTH_A_REFILL = 0.01  # of the kept keys: fewer at the lower bound stay where they are
+RESERVE_FRACTION, RESERVE_LEAST, RESERVE_MOST = 0.125, 8, 128  # candidates beyond the count, for refills
+BIAS_TOLERANCE = 1e-6  # stopping test of the biases; the data are float32
+GRAM_ROWS = 512  # query positions of one Gram block: few enough that they look at some of the keys only
 AT_FLOOR = 1.0 + 1e-6
 
 
@@ -59,7 +63,7 @@ class HeadFit:
 
 @dataclass(frozen=True)
 class Rows:
-    """A block of reference queries of one KV head, and the local tokens they see causally (the last ``q_len`` their own).
+    """A block of reference queries of one KV head, and the local tokens they see causally (the last q_len: their own).
 
     A segment's local tokens follow the document; a context row's are those of its own span of the document.
     """
@@ -132,7 +136,9 @@ class FitLayer(PackedLayer):
         gains = self.inputs.head_gains[own].to(queries.device).unsqueeze(-1)
         for (first, last), source in zip(self.packed.bounds, self.packed.sources, strict=True):
             kv_len = self.logical_length + last - first
-            for start, stop in attention.row_blocks(last - first, kv_len, gains.shape[0]):
+            step = max(1, attention.BLOCK_ELEMENTS // (kv_len * gains.shape[0]))
+            for start in range(0, last - first, step):
+                stop = min(start + step, last - first)
                 yield Rows(
                     queries[own, first + start : first + stop].float() * scaling,
                     gains * math.sqrt(self.inputs.source_weights[source]),
@@ -188,24 +194,24 @@ def held_out_rows(first: int, count: int, device: torch.device) -> torch.Tensor:
     return spans % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def fit_head(
-    keys: HeadKeys, blocks: list[Rows], order: torch.Tensor, count: int, settings: CompactSettings
-) -> HeadFit:
+def fit_head(keys: HeadKeys, blocks: list[Rows], order: torch.Tensor, count: int, settings: CompactSettings) -> HeadFit:
     """Choose, bias and refit ``count`` document keys of one KV head; ``order`` ranks all of them, best first."""
     num_document = keys.document_keys.shape[0]
     device = keys.document_keys.device
     if count >= num_document:
         everything = torch.arange(num_document, device=device)
         zero = torch.zeros(num_document, device=device)
-        return HeadFit(everything, zero, keys.document_values, 0.0, True, 0.0, 0.0, 1.0)
-    reserve = min(num_document, count + max(8, count // 8))
+        return HeadFit(everything, zero, keys.document_values, 0.0, True, 0.0, 0.0, 0.0)
+    reserve = min(num_document, count + min(RESERVE_MOST, max(RESERVE_LEAST, int(RESERVE_FRACTION * count))))
     candidates = order[:reserve].to(device)
     sums = GramSum(reserve, 1, solve_device(device))
     outputs, energy = [], 0.0
     for rows in blocks:
         lse, mass, out = full_attention(keys, rows)
-        shares = kept_attention(keys.stored_keys[candidates], candidates, rows, lse)
-        sums.add(weigh(shares, rows), weigh(mass.unsqueeze(-1), rows))
+        shares = weigh(kept_attention(keys.stored_keys[candidates], candidates, rows, lse), rows)
+        masses = weigh(mass.unsqueeze(-1), rows)
+        for part, target in zip(shares.split(GRAM_ROWS, 1), masses.split(GRAM_ROWS, 1), strict=True):
+            sums.add(part.flatten(0, 1), target.flatten(0, 1))
         energy += float(weigh(out, rows).double().square().sum())
         outputs.append(out)
     chosen, scale, converged = choose_biases(sums.gram, sums.rhs[:, 0], count, settings)
@@ -220,7 +226,7 @@ def fit_head(
 def choose_biases(
     gram: torch.Tensor, rhs: torch.Tensor, count: int, settings: CompactSettings
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Solve the biases of the first ``count`` candidates; a key at the lower bound gives its slot to the next candidate.
+    """Solve the biases of the first ``count`` candidates; a key at the lower bound gives its slot to the next one.
 
     gram, rhs: over all candidates in ranking order. Returns indices into the candidates, b = exp(bias) of each, and
     whether the solver converged.
@@ -232,11 +238,13 @@ def choose_biases(
     following = count
     solution = torch.ones(count, dtype=torch.float64, device=gram.device)
     for round_ in range(REFILLS + 1):
-        fit = solve_box_nnls(gram[chosen][:, chosen], rhs[chosen], lower=low, upper=high, start=solution)
+        fit = solve_box_nnls(
+            gram[chosen][:, chosen], rhs[chosen], lower=low, upper=high, start=solution, tolerance=BIAS_TOLERANCE
+        )
         solution = fit.solution
         idle = solution <= low * AT_FLOOR
         fresh = min(int(idle.sum()), gram.shape[0] - following)
-        if fresh == 0 or round_ == REFILLS:
+        if fresh <= WORTH_A_REFILL * count or round_ == REFILLS:
             break
         slots = idle.nonzero().squeeze(-1)[:fresh]
         chosen[slots] = torch.arange(following, following + fresh, device=gram.device)
@@ -258,25 +266,49 @@ def fit_head_values(
     head_dim = keys.document_values.shape[-1]
     train, held_out = (GramSum(len(kept), head_dim, solve_device(device)) for _ in range(2))
     kept_keys, kept_values = keys.stored_keys[kept], keys.document_values[kept]
-    prefix_length = keys.prefix_keys.shape[0]
     for rows, out in zip(blocks, outputs, strict=True):
-        group, q_len, _ = rows.queries.shape
-        scores = rows.queries @ torch.cat([keys.prefix_keys, kept_keys, rows.local_keys]).T
-        document = scores[..., prefix_length : prefix_length + len(kept)]
-        document += biases
-        document.masked_fill_(kept >= rows.document_stop, -math.inf)
-        attention.hide_future(scores)
-        probs = scores.softmax(-1)
-        residual = out - probs @ torch.cat([keys.prefix_values, kept_values, rows.local_values])
-        weights = weigh(probs[..., prefix_length : prefix_length + len(kept)], rows).view(group, q_len, -1)
-        targets = weigh(residual, rows).view(group, q_len, -1)
-        for part, member in ((train, ~rows.held_out), (held_out, rows.held_out)):
-            part.add(weights[:, member].flatten(0, 1), targets[:, member].flatten(0, 1))
+        shares, delivered = fitted_attention(keys, kept, kept_keys, kept_values, biases, rows)
+        weights, targets = weigh(shares, rows), weigh(out - delivered, rows)
+        for sums, member in ((train, ~rows.held_out), (held_out, rows.held_out)):
+            for positions in member.nonzero().squeeze(-1).split(GRAM_ROWS):
+                sums.add(weights[:, positions].flatten(0, 1), targets[:, positions].flatten(0, 1))
     return fit_values(
         RidgeStats(train.gram, train.rhs, train.energy),
         RidgeStats(held_out.gram, held_out.rhs, held_out.energy),
         ridge,
     )
+
+
+def fitted_attention(
+    keys: HeadKeys,
+    kept: torch.Tensor,
+    kept_keys: torch.Tensor,
+    kept_values: torch.Tensor,
+    biases: torch.Tensor,
+    rows: Rows,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over prefix, kept (biased) and local keys.
+
+    Returns the weights of the kept keys (group, q_len, num_kept) and the output (group, q_len, head_dim).
+    """
+    prefix = keys.prefix_keys.shape[0]
+    all_keys = torch.cat([keys.prefix_keys, kept_keys, rows.local_keys])
+    all_values = torch.cat([keys.prefix_values, kept_values, rows.local_values])
+    hidden = kept >= rows.document_stop
+    group, q_len, head_dim = rows.queries.shape
+    shares = rows.queries.new_empty(group, q_len, len(kept))
+    out = rows.queries.new_empty(group, q_len, head_dim)
+    for first, last in attention.row_blocks(q_len, len(all_keys), group, all_keys.device):
+        seen = len(all_keys) - q_len + last
+        scores = rows.queries[:, first:last] @ all_keys[:seen].T
+        document = scores[..., prefix : prefix + len(kept)]
+        document += biases
+        document.masked_fill_(hidden, -math.inf)
+        attention.hide_future(scores)
+        probs = scores.softmax(-1)
+        shares[:, first:last] = probs[..., prefix : prefix + len(kept)]
+        out[:, first:last] = probs @ all_values[:seen]
+    return shares, out
 
 
 def full_attention(keys: HeadKeys, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -285,17 +317,24 @@ def full_attention(keys: HeadKeys, rows: Rows) -> tuple[torch.Tensor, torch.Tens
     Returns lse (group, q_len), the document's attention mass (group, q_len), and the output (group, q_len, head_dim).
     """
     prefix, stop = keys.prefix_keys.shape[0], rows.document_stop
-    scores = rows.queries @ torch.cat([keys.prefix_keys, keys.document_keys[:stop], rows.local_keys]).T
-    attention.hide_future(scores)
-    lse = scores.logsumexp(-1)
-    probs = scores.sub_(lse.unsqueeze(-1)).exp_()
-    out = probs @ torch.cat([keys.prefix_values, keys.document_values[:stop], rows.local_values])
-    return lse, probs[..., prefix : prefix + stop].sum(-1), out
+    all_keys = torch.cat([keys.prefix_keys, keys.document_keys[:stop], rows.local_keys])
+    all_values = torch.cat([keys.prefix_values, keys.document_values[:stop], rows.local_values])
+    group, q_len, _ = rows.queries.shape
+    lse, mass, out = [], [], []
+    for first, last in attention.row_blocks(q_len, len(all_keys), group, all_keys.device):
+        seen = len(all_keys) - q_len + last
+        scores = rows.queries[:, first:last] @ all_keys[:seen].T
+        attention.hide_future(scores)
+        largest = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        lse.append((largest + total.log()).squeeze(-1))
+        mass.append(weights[..., prefix : prefix + stop].sum(-1) / total.squeeze(-1))
+        out.append((weights @ all_values[:seen]) / total)
+    return torch.cat(lse, 1), torch.cat(mass, 1), torch.cat(out, 1)
 
 
-def kept_attention(
-    stored_keys: torch.Tensor, positions: torch.Tensor, rows: Rows, lse: torch.Tensor
-) -> torch.Tensor:
+def kept_attention(stored_keys: torch.Tensor, positions: torch.Tensor, rows: Rows, lse: torch.Tensor) -> torch.Tensor:
     """Attention of the rows to some document keys under the full normaliser: (group, q_len, num_keys) float32."""
     scores = rows.queries @ stored_keys.T
     scores.masked_fill_(positions >= rows.document_stop, -math.inf)
@@ -303,8 +342,8 @@ def kept_attention(
 
 
 def weigh(rows_values: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Multiply (group, q_len, columns) by the square roots of the row weights; returns (group * q_len, columns)."""
-    return (rows_values * rows.root_weights.unsqueeze(-1)).flatten(0, 1)
+    """Multiply (group, q_len, columns) by the square roots of the row weights."""
+    return rows_values * rows.root_weights.unsqueeze(-1)
 
 
 def solve_device(device: torch.device) -> torch.device:
