@@ -102,13 +102,19 @@ def row_blocks(q_len: int, kv_len: int, num_heads: int, device: torch.device) ->
 def causal_scores(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return scores of the last rows of a causal sequence, hidden ones -inf.
 
-    queries: (..., q_len, head_dim) float32, the last q_len tokens before the end of ``keys``;
-    keys: (..., kv_len, head_dim) float32. Returns (..., q_len, kv_len) float32; row i sees keys up to
-    kv_len - q_len + i.
+    queries: (num_kv_heads, group, q_len, head_dim) float32, the last q_len tokens before the end of ``keys``;
+    keys: (num_kv_heads, kv_len, head_dim) float32. Returns float32 (num_kv_heads, group, q_len, kv_len); row i sees
+    keys up to kv_len - q_len + i.
     """
-    scores = torch.matmul(queries * scaling, keys.transpose(-1, -2))
+    rows = (queries * scaling).flatten(1, 2)  # one product per KV head: its keys are not repeated for the group
+    scores = torch.bmm(rows, keys.transpose(-1, -2)).view(*queries.shape[:3], -1)
     hide_future(scores)
     return scores
+
+
+def weigh_values(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Multiply probabilities (num_kv_heads, group, q_len, kv_len) with values (num_kv_heads, kv_len, head_dim)."""
+    return torch.bmm(probs.flatten(1, 2), values).view(*probs.shape[:3], -1)
 
 
 def hide_future(scores: torch.Tensor) -> None:
@@ -167,16 +173,21 @@ def tail_attention(
     """
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, tail_len = key.shape[1], key.shape[2]
-    grouped = query.reshape(batch, num_kv_heads, -1, q_len, head_dim).float()
-    scores = torch.matmul(grouped * scaling, key.float().unsqueeze(2).transpose(-1, -2))
-    if mask is None:
-        hide_future(scores)
-    else:
-        visible = mask if mask.dtype == torch.bool else mask > -1.0
-        scores.masked_fill_(~visible[..., -tail_len:].unsqueeze(2), -math.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse).unsqueeze(-1))
-    out = torch.matmul(weights, value.float().unsqueeze(2))
+    grouped = query.reshape(batch, num_kv_heads, -1, q_len, head_dim).float() * scaling
+    keys, values = key.float().unsqueeze(2), value.float().unsqueeze(2)
+    out, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1])
+    for start, stop in row_blocks(q_len, tail_len, batch * num_heads, query.device):
+        seen = tail_len - q_len + stop if mask is None else tail_len
+        scores = torch.matmul(grouped[:, :, :, start:stop], keys[..., :seen, :].transpose(-1, -2))
+        if mask is None:
+            hide_future(scores)
+        else:
+            visible = mask if mask.dtype == torch.bool else mask > -1.0
+            scores.masked_fill_(~visible[..., start:stop, -tail_len:].unsqueeze(2), -math.inf)
+        block_lse = torch.logsumexp(scores, dim=-1)
+        weights = scores.sub_(torch.where(block_lse.isinf(), 0.0, block_lse).unsqueeze(-1)).exp_()
+        out[:, :, :, start:stop] = torch.matmul(weights, values[..., :seen, :])
+        lse[:, :, :, start:stop] = block_lse
     return out.reshape(query.shape), lse.reshape(batch, num_heads, q_len)
 
 

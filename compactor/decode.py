@@ -11,7 +11,7 @@ import torch
 
 from compactor.config import DecodeSettings
 from compactor.errors import DocumentError
-from compactor.reference_queries import generate, pad_token_id, seeded, stop_token_ids
+from compactor.reference_queries import generate, seeded, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
@@ -59,12 +59,11 @@ def answer_question(
     try:
         with seeded(settings.seed, loaded.device):
             generated = generate(
-                loaded.model,
+                loaded,
                 input_ids=input_ids,
                 attention_mask=cache.attention_mask(torch.ones_like(input_ids)),
                 past_key_values=cache,
                 max_new_tokens=min(settings.max_new_tokens, room),
-                pad_token_id=pad_token_id(loaded),
                 streamer=_streamer(loaded, clock, on_text),
                 **sampling(settings),
             )
@@ -84,16 +83,10 @@ def answer_question(
 
 
 def sampling(settings: DecodeSettings) -> dict[str, Any]:
-    """Return ``generate``'s arguments for greedy or sampled decoding; the model's own defaults play no part."""
+    """Return ``generate``'s arguments for greedy or sampled decoding."""
     if settings.temperature == 0.0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
-    return {
-        "do_sample": True,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": 0,
-        "repetition_penalty": 1.0,
-    }
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
 
 
 class _Clock:

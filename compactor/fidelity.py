@@ -32,7 +32,10 @@ class Fidelity:
 def answer_log_probs(
     loaded: LoadedModel, cache: AttachedCache, question_ids: list[int], answer_ids: list[int]
 ) -> torch.Tensor:
-    """Log-probabilities of the token at each position of an answer, (len(answer_ids), vocabulary) float64."""
+    """Log-probabilities of the token at each position of an answer, (len(answer_ids), vocabulary) float64.
+
+    An empty answer has one position: that of the stop token.
+    """
     input_ids = torch.tensor([[*question_ids, *answer_ids[:-1]]], device=loaded.device)
     cache.forget_tail()
     try:
@@ -41,11 +44,11 @@ def answer_log_probs(
             attention_mask=cache.attention_mask(torch.ones_like(input_ids)),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=len(answer_ids),
+            logits_to_keep=max(1, len(answer_ids)),  # 0 would mean all
         ).logits
     finally:
         cache.forget_tail()
-    log_probs: torch.Tensor = logits[0].to("cpu", torch.float64).log_softmax(-1)
+    log_probs: torch.Tensor = logits[0].cpu().double().log_softmax(-1)
     return log_probs
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,11 @@ class Job:
             torch.cuda.synchronize(self.loaded.device)
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
+    @cached_property
+    def head_gains(self) -> torch.Tensor:
+        """Gain of each head's errors, (num_layers, num_heads) float32."""
+        return output_gains(self.loaded.model, self.loaded.num_heads, self.loaded.head_dim)
+
     @property
     def room(self) -> int:
         """Tokens of the model's window that follow the document."""
@@ -88,7 +94,7 @@ def prepare(
         name=document.name,
     )
     job = Job(document, loaded, settings, prompt, document_ids, reporter or SilentReporter())
-    allocate(torch.zeros(num_compacted(loaded), loaded.num_kv_heads, len(document_ids)), target_total(job))
+    target_total(job)  # raises when the size target is too small
     return job
 
 
@@ -100,7 +106,7 @@ def prefill_document(job: Job) -> Prefilled:
     loaded, settings = job.loaded, job.settings
     with job.timed("prefill"):
         observe = "context" in settings.queries and not keeps_everything(job)
-        gains = output_gains(loaded.model, loaded.num_heads, loaded.head_dim) if observe else None
+        gains = job.head_gains if observe else None
         return prefill(
             loaded,
             list(job.prompt.prefix_ids),
@@ -123,19 +129,23 @@ def compact_prefilled(job: Job, full: Prefilled) -> CompactedCache:
         counts = allocate(selection.gains, target_total(job))
     with job.timed("fit"):
         fits = fit(job, full, segments, weights, selection, counts)
-    layers = [stored(layer, job.storage_dtype) for layer in full.layers]
-    for index, fitted in fits.items():
-        assert fitted.fitted is not None
-        layers[index] = fitted.fitted
+    layers = []
+    for index, layer in enumerate(full.layers):
+        fitted = fits[index].fitted if index in fits else None
+        layers.append(stored(layer, job.storage_dtype) if fitted is None else fitted)
     return CompactedCache([to_host(layer) for layer in layers], metadata(job, full, layers, segments, fits))
 
 
 def ask(job: Job, full: Prefilled) -> list[Segment]:
-    """Return the reference segments that follow the document."""
+    """Return the reference segments that follow the document.
+
+    Where the sources that were asked for give no row at all (a document of one context span, a window without room for
+    self-study) the repeat pass takes their place: without queries every choice of keys would be arbitrary.
+    """
     settings, room = job.settings, job.room
+    borders = prompts.chunk_borders(len(job.document_ids), settings.chunk)
     segments: list[Segment] = []
     if "repeat" in settings.queries:
-        borders = prompts.chunk_borders(len(job.document_ids), settings.chunk)
         segments += repeat_segments(job.prompt, job.document_ids, borders, room)
     if "self-study" in settings.queries:
         segments += self_study_segments(
@@ -147,6 +157,10 @@ def ask(job: Job, full: Prefilled) -> list[Segment]:
             seed=settings.seed,
             reporter=job.reporter,
         )
+    observed = "context" in settings.queries and len(job.document_ids) > CONTEXT_SPAN
+    if not segments and not observed:
+        job.reporter.note(f"--queries {','.join(settings.queries)} gives no query here; repeat is used instead.")
+        segments = repeat_segments(job.prompt, job.document_ids, borders, room)
     return segments
 
 
@@ -167,7 +181,7 @@ def score(job: Job, full: Prefilled, segments: list[Segment], weights: dict[str,
         totals[i] += weights["context"] * context
     batches = groups(segments, SCORE_ROWS)
     if batches:
-        gains = output_gains(loaded.model, loaded.num_heads, loaded.head_dim)
+        gains = job.head_gains
         with job.reporter.phase("score", len(batches) * loaded.num_layers, "layers") as advance:
             for batch in batches:
                 packed = pack(batch, full.logical_length)
@@ -208,7 +222,7 @@ def fit(
 ) -> dict[int, FitLayer]:
     """Fit all layers in one on-policy pass; returns the fitted layer of each compacted index."""
     loaded = job.loaded
-    gains = output_gains(loaded.model, loaded.num_heads, loaded.head_dim)
+    gains = job.head_gains
     # Without segments (context queries alone) one token of suffix carries the pass through the layers.
     carried = segments or [Segment(tuple(job.prompt.question_ids("")[:1]), "carrier")]
     packed = pack(carried, full.logical_length)

@@ -104,18 +104,18 @@ class GrowingLayer(CacheLayerMixin):
         _, num_heads, q_len, head_dim = query.shape
         num_kv_heads, kv_len = key.shape[1], key.shape[2]
         grouped = query[0].view(num_kv_heads, -1, q_len, head_dim).float()
-        keys, values = key[0].float().unsqueeze(1), value[0].float().unsqueeze(1)
+        keys, values = key[0].float(), value[0].float()
         weights = self.head_gains.to(query.device).square().view(num_kv_heads, -1, 1)
         out = torch.empty_like(grouped)
         first = kv_len - q_len
         for start, stop in attention.row_blocks(q_len, kv_len, num_heads, query.device):
             seen = first + stop
-            probs = attention.causal_scores(grouped[:, :, start:stop], keys[:, :, :seen], scaling).softmax(-1)
-            out[:, :, start:stop] = probs @ values[:, :, :seen]
+            probs = attention.causal_scores(grouped[:, :, start:stop], keys[:, :seen], scaling).softmax(-1)
+            out[:, :, start:stop] = attention.weigh_values(probs, values[:, :seen])
             for row, last, past in context_spans(first + start, first + stop, self.prefix_length):
                 rows = slice(row - first - start, last - first - start)
-                norms = torch.linalg.vector_norm(probs[:, :, rows, self.prefix_length : past], dim=2)
-                self.scores[:, self.prefix_length : past] += (norms.square() * weights).sum(1)
+                squares = probs[:, :, rows, self.prefix_length : past].square_().sum(2)
+                self.scores[:, self.prefix_length : past] += (squares * weights).sum(1)
         if self.keep_queries:
             skipped = max(0, self.prefix_length - first)
             self.observed.append(query[0, :, skipped:].to("cpu"))

@@ -16,7 +16,7 @@ from compactor import attach
 from compactor.types import Reporter, Segment
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
     from compactor.model import LoadedModel
     from compactor.prefill import Prefilled
@@ -85,7 +85,7 @@ def self_study_segments(
     input_ids, mask = left_pad(questions, pad_id=pad_token_id(loaded))
     with reporter.phase("self-study", max_new_tokens, "steps") as advance, seeded(seed, loaded.device):
         generated = generate(
-            loaded.model,
+            loaded,
             input_ids=input_ids.to(loaded.device),
             attention_mask=cache.attention_mask(mask).to(loaded.device),
             past_key_values=cache,
@@ -94,7 +94,6 @@ def self_study_segments(
             temperature=1.0,
             top_p=0.95,
             top_k=0,
-            pad_token_id=pad_token_id(loaded),
             stopping_criteria=_each_step(lambda: advance(1)),
         )
     stops = stop_token_ids(loaded)
@@ -138,10 +137,23 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def generate(model: PreTrainedModel, **arguments: Any) -> torch.Tensor:
-    """Call transformers' ``generate``; returns token ids (batch, num_tokens), the prompt's included."""
+def generate(loaded: LoadedModel, **arguments: Any) -> torch.Tensor:
+    """Call transformers' ``generate``; returns token ids (batch, num_tokens), the prompt's included.
+
+    Of the model's own generation config only the stop tokens play a part: its beams, penalties, static cache and
+    lengths would change answers, fail with our cache, or warn.
+    """
+    from transformers import GenerationConfig
+
+    model = loaded.model
     run: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
-    return run(**arguments)
+    stops = sorted(stop_token_ids(loaded)) or None
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad_token_id(loaded))
+    try:
+        return run(**arguments)
+    finally:
+        model.generation_config = own
 
 
 def _each_step(call: Callable[[], None]) -> StoppingCriteriaList:

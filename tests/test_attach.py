@@ -9,6 +9,7 @@ import torch
 from tiny_models import FAMILIES, make_tiny
 from transformers import DynamicCache
 
+from compactor import attention
 from compactor.attach import AttachedCache, attach_layers
 from compactor.errors import CompactorError
 from compactor.model import LoadedModel, load_model
@@ -168,3 +169,19 @@ def test_the_model_without_a_cache_still_answers_as_sdpa(tmp_path: Path) -> None
     with torch.no_grad():
         logits = loaded.model(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_a_long_tail_in_blocks_equals_the_tail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 50, 8, generator=generator) for heads in (4, 2, 2))
+    mask = torch.rand(2, 1, 50, 50, generator=generator) > 0.5
+    mask[0, 0, 3] = False  # a row that sees nothing
+    results = []
+    for elements in (1 << 20, 900):  # 900: two rows of the batch's eight heads
+        monkeypatch.setattr(attention, "CPU_BLOCK_ELEMENTS", elements)
+        causal = attention.tail_attention(query[:, :, 30:], key, value, mask=None, scaling=0.3)
+        results.append([*causal, *attention.tail_attention(query, key, value, mask=mask, scaling=0.3)])
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(whole, blocks)
+    assert results[1][3][0, :, 3].isneginf().all()
+    assert not results[1][2][0, :, 3].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,18 +14,23 @@ import pytest
 import torch
 from test_attach import reference_logits
 from tiny_models import FAMILIES, make_tiny
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import compactor
+from compactor import estimate, pipeline
 from compactor.attach import AttachedCache, CompactedCache, attach_layers
 from compactor.config import QUERY_SOURCES, CompactSettings, DecodeSettings
+from compactor.decode import answer_question
 from compactor.document import Document, make_document
 from compactor.evaluate.compare import compare_answers
+from compactor.fidelity import answer_log_probs
 from compactor.model import LoadedModel, load_model
 from compactor.pipeline import compact, compact_prefilled, prefill_document, prepare, source_weights
 from compactor.prefill import CONTEXT_SPAN, context_spans
+from compactor.reference_queries import self_study_segments
+from compactor.solve.baselines import truncation
 from compactor.solve.budget import key_bytes
-from compactor.types import CacheMetadata, Segment
+from compactor.types import CacheMetadata, LayerCache, Segment, SilentReporter
 
 TEXT = (
     "The tenant shall pay rent on the first day of each month. Clause 7 says that repairs under 150 euros are paid by "
@@ -205,6 +211,33 @@ def test_every_subset_of_queries_works_and_reports_its_rows(queries: tuple[str, 
         assert torch.isfinite(layer.values.float()).all()
 
 
+def test_where_the_queries_give_no_row_the_repeat_pass_takes_their_place(tmp_path: Path) -> None:
+    """A document of one context span has no context row; a choice without any query would be the first keys."""
+    loaded, text = tiny(tmp_path), document(1)
+    alone = compact(text, loaded, CompactSettings(keep_ratio=0.2, queries=("context",), **FAST))
+    assert alone.metadata.document_tokens < CONTEXT_SPAN
+    repeat = compact(text, loaded, CompactSettings(keep_ratio=0.2, queries=("repeat",), **FAST))
+    assert alone.metadata.report["reference_rows"]["repeat"] == repeat.metadata.report["reference_rows"]["repeat"]
+    for ours, theirs in zip(alone.layers, repeat.layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_the_estimate_of_the_fit_counts_context_rows_only_where_they_are_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny(tmp_path)
+    monkeypatch.setattr(estimate, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(estimate, "copy_rate", lambda *_: 1e9)
+
+    def fit_seconds(*queries: str) -> float:
+        job = prepare(document(5), loaded, CompactSettings(queries=queries, **FAST))
+        return estimate.phase_seconds(job, weights=10**6)["fit"]
+
+    assert fit_seconds("context", "repeat") == fit_seconds("repeat")
+    assert fit_seconds("context", "self-study") > fit_seconds("self-study")
+
+
 def test_the_repeat_pass_forces_every_document_token_once(tmp_path: Path) -> None:
     from compactor.prompt import chunk_borders
     from compactor.reference_queries import repeat_segments
@@ -264,6 +297,66 @@ def test_control_tokens_in_the_document_stay_text(tmp_path: Path) -> None:
     assert loaded.tokenizer.decode(job.document_ids) == text.text
 
 
+# ------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize(
+    "default",
+    [
+        {"num_beams": 2},
+        {"cache_implementation": "static"},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(3, 400))},
+        {"max_length": 20},
+    ],
+)
+def test_the_models_own_generation_defaults_change_no_answer_and_warn_of_nothing(
+    default: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    loaded = tiny(tmp_path)
+    settings = CompactSettings(keep_ratio=1.0, **FAST)
+    job = prepare(document(), loaded, settings)
+    cache = compact(job.document, loaded, settings).attach(loaded.model)
+    asked = (loaded, cache, job.prompt, "When is rent due?", DecodeSettings(max_new_tokens=12))
+    expected = answer_question(*asked)
+    own = loaded.model.generation_config = GenerationConfig(eos_token_id=[2, 3], **default)
+    assert answer_question(*asked).token_ids == expected.token_ids
+    assert loaded.model.generation_config is own
+    assert not caplog.records
+
+
+def test_the_models_own_penalties_do_not_change_self_study(tmp_path: Path) -> None:
+    loaded = tiny(tmp_path)
+    job = prepare(document(), loaded, CompactSettings(**FAST))
+    full = prefill_document(job)
+    limits = {"total_tokens": 64, "room": job.room, "seed": 0, "reporter": SilentReporter()}
+    expected = self_study_segments(loaded, full, job.prompt, **limits)
+    loaded.model.generation_config = GenerationConfig(eos_token_id=2, repetition_penalty=5.0, min_p=0.9)
+    assert self_study_segments(loaded, full, job.prompt, **limits) == expected
+
+
+def test_an_answer_stops_at_the_tokenizers_stop_token_where_the_model_names_none(tmp_path: Path) -> None:
+    loaded = tiny(tmp_path)
+    settings = CompactSettings(keep_ratio=1.0, **FAST)
+    job = prepare(document(), loaded, settings)
+    cache = compact(job.document, loaded, settings).attach(loaded.model)
+    asked = (loaded, cache, job.prompt, "When is rent due?", DecodeSettings(max_new_tokens=12))
+    expected = answer_question(*asked).token_ids
+    assert len(expected) == 12
+    loaded.model.generation_config = GenerationConfig()
+    loaded.tokenizer.eos_token = loaded.tokenizer.convert_ids_to_tokens(expected[4])
+    assert answer_question(*asked).token_ids == expected[: expected.index(expected[4])]
+
+
+def test_an_empty_answer_is_compared_at_its_stop_token_alone(tmp_path: Path) -> None:
+    loaded = tiny(tmp_path)
+    cache = compact(document(), loaded, CompactSettings(keep_ratio=1.0, **FAST)).attach(loaded.model)
+    empty = answer_log_probs(loaded, cache, [5, 6, 7], [])
+    assert empty.shape[0] == 1
+    torch.testing.assert_close(empty, answer_log_probs(loaded, cache, [5, 6, 7], [8]))
+
+
 # ------------------------------------------------------------------------------------------- quality and memory
 
 
@@ -276,6 +369,29 @@ def test_compaction_beats_truncation_and_chance_on_a_tiny_model(tmp_path: Path) 
     results = compare_answers(job, full, cache, questions, DecodeSettings(max_new_tokens=16))
     mean = {name: sum(result.kl[name] for result in results) / len(results) for name in results[0].kl}
     assert mean["compacted"] < 0.5 * min(mean["truncated document"], mean["random keys"])
+
+
+def test_truncation_to_more_than_the_document_is_the_document(tmp_path: Path) -> None:
+    job = prepare(document(), tiny(tmp_path), CompactSettings(**FAST))
+    full = prefill_document(job)
+    layers, length = truncation(full, len(job.document_ids) + 50)
+    assert length == full.logical_length == layers[0].head_lengths[0]
+
+
+def test_only_layers_that_are_not_fitted_are_copied_to_the_storage_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny(tmp_path, "gemma3_text")
+    copied: list[LayerCache] = []
+
+    def watch(layer: LayerCache, dtype: torch.dtype) -> LayerCache:
+        copied.append(layer)
+        return original(layer, dtype)
+
+    original = pipeline.stored
+    monkeypatch.setattr(pipeline, "stored", watch)
+    compact(document(), loaded, CompactSettings(keep_ratio=0.2, **FAST))
+    assert [layer.sliding_window for layer in copied] == [w for w in loaded.sliding_windows if w is not None]
 
 
 def test_the_fit_lowers_the_error_that_it_reports(tmp_path: Path) -> None:

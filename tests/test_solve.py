@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -101,6 +103,39 @@ def test_gram_blocks_equal_one_product() -> None:
     total = torch.zeros(531, 531)
     add_symmetric_product(total, rows)
     assert torch.equal(total, total.T)
+
+
+class AppleTensor(torch.Tensor):
+    """Stands for a tensor on an Apple GPU, which has no float64: not even on the way to the host."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        given = [one.dtype if isinstance(one, torch.Tensor) else one for one in args[1:]]
+        if func is torch.Tensor.double or (func is torch.Tensor.to and torch.float64 in given):
+            raise TypeError("MPS has no float64")
+        if func is torch.Tensor.to and torch.device("mps") in given:
+            return args[0]
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.to and torch.device("cpu") in given:
+            with torch._C.DisableTorchFunctionSubclass():
+                return result.as_subclass(torch.Tensor)
+        return result
+
+
+@pytest.mark.parametrize("empty_columns", [0, 300])
+def test_gram_sums_of_rows_on_an_apple_gpu_are_made_on_the_host(empty_columns: int) -> None:
+    rows = torch.randn(90, 531, generator=torch.Generator().manual_seed(0))
+    rows[:, :empty_columns] = 0.0
+    targets = torch.randn(90, 3, generator=torch.Generator().manual_seed(1))
+    apple, plain = (GramSum(531, 3, torch.device("cpu")) for _ in range(2))
+    apple.add(rows.as_subclass(AppleTensor), targets.as_subclass(AppleTensor))
+    plain.add(rows, targets)
+    assert type(apple.gram) is torch.Tensor
+    assert torch.equal(apple.gram, plain.gram)
+    assert torch.equal(apple.rhs, plain.rhs)
+    assert apple.energy == pytest.approx(plain.energy, rel=1e-5)
 
 
 def test_budget_keeps_the_largest_gains_and_the_floor() -> None:

@@ -15,7 +15,7 @@ def truncation(full: Prefilled, num_kept: int) -> tuple[list[LayerCache], int]:
     Returns the layers and the shorter logical length. Causality makes this exact: keys of a document's beginning do not
     depend on its end. Sliding layers cannot be cut afterwards, so they keep their last window of the whole document.
     """
-    length = full.prefix_length + num_kept
+    length = min(full.prefix_length + num_kept, full.logical_length)
     layers = []
     for layer in full.layers:
         if layer.sliding_window is None:

@@ -80,7 +80,7 @@ def _projected_newton_step(
 ) -> tuple[torch.Tensor, bool]:
     index = free.nonzero().squeeze(-1)
     direction = torch.zeros_like(x)
-    block = gram.index_select(0, index).index_select(1, index)
+    block = gram if len(index) == len(x) else gram.index_select(0, index).index_select(1, index)
     direction[index] = -cholesky_solve(block, gradient[index].unsqueeze(-1)).squeeze(-1)
     for step_direction in (direction, -torch.where(free, gradient, 0.0)):  # Newton first, then steepest descent
         step = 1.0
@@ -101,7 +101,14 @@ def cholesky_solve(gram: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     mean = gram.diagonal().mean().clamp_min(1e-300) if gram.numel() else gram.new_tensor(1.0)
     jitter = JITTER
     while True:
-        factor, info = torch.linalg.cholesky_ex(gram + jitter * mean * torch.eye(gram.shape[0]).to(gram))
+        factor, info = torch.linalg.cholesky_ex(add_diagonal(gram, jitter * mean))
         if int(info) == 0 or jitter > 1.0:
             return torch.cholesky_solve(rhs, factor)
         jitter *= 10.0
+
+
+def add_diagonal(gram: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+    """Return gram + amount * I."""
+    shifted = gram.clone()
+    shifted.diagonal().add_(amount)
+    return shifted

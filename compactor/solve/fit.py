@@ -19,7 +19,7 @@ from compactor.config import CompactSettings
 from compactor.packed import Packed, PackedLayer
 from compactor.prefill import context_spans
 from compactor.solve.biases import solve_box_nnls
-from compactor.solve.gram import GramSum
+from compactor.solve.gram import GramSum, energy_of
 from compactor.solve.values import RidgeStats, ValueFit, fit_values
 from compactor.types import LayerCache
 
@@ -212,7 +212,7 @@ def fit_head(keys: HeadKeys, blocks: list[Rows], order: torch.Tensor, count: int
         masses = weigh(mass.unsqueeze(-1), rows)
         for part, target in zip(shares.split(GRAM_ROWS, 1), masses.split(GRAM_ROWS, 1), strict=True):
             sums.add(part.flatten(0, 1), target.flatten(0, 1))
-        energy += float(weigh(out, rows).double().square().sum())
+        energy += energy_of(weigh(out, rows))
         outputs.append(out)
     chosen, scale, converged = choose_biases(sums.gram, sums.rhs[:, 0], count, settings)
     by_position = candidates[chosen.to(device)].sort()

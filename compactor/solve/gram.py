@@ -26,20 +26,31 @@ class GramSum:
         """Add a block: rows (n, num_columns) and targets (n, num_targets), float32, already scaled by sqrt(weight)."""
         if not rows.shape[0]:
             return
-        self.energy += float(targets.double().square().sum())
+        self.energy += energy_of(targets)
         active = active_columns(rows)
         if len(active) > WORTH_DROPPING * rows.shape[1]:
             add_symmetric_product(self.gram, rows)
-            self.rhs += (rows.T @ targets).to(self.rhs)
+            self.rhs += as_sum(rows.T @ targets, self.rhs)
         elif len(active):
             rows = rows[:, active]
             product = rows.new_zeros(len(active), len(active))
             add_symmetric_product(product, rows)
             active = active.to(self.gram.device)
-            self.rhs.index_add_(0, active, (rows.T @ targets).to(self.rhs))
+            self.rhs.index_add_(0, active, as_sum(rows.T @ targets, self.rhs))
             self.gram.view(-1).index_add_(
-                0, (active.unsqueeze(1) * self.gram.shape[1] + active).view(-1), product.to(self.gram).view(-1)
+                0, (active.unsqueeze(1) * self.gram.shape[1] + active).view(-1), as_sum(product, self.gram).view(-1)
             )
+
+
+def as_sum(product: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Return a product on the device and in the type of ``total``; it is moved first, since MPS has no float64."""
+    return product.to(total.device).to(total.dtype)
+
+
+def energy_of(rows: torch.Tensor) -> float:
+    """Return the sum of squares, in float64 where the device has it."""
+    exact = rows if rows.device.type == "mps" else rows.double()
+    return float(exact.square().sum())
 
 
 def active_columns(rows: torch.Tensor) -> torch.Tensor:
@@ -55,12 +66,12 @@ def add_symmetric_product(total: torch.Tensor, rows: torch.Tensor) -> None:
     product)."""
     num_columns = rows.shape[1]
     if num_columns <= LEAF:
-        total += (rows.T @ rows).to(total)
+        total += as_sum(rows.T @ rows, total)
         return
     half = num_columns // 2
     left, right = rows[:, :half], rows[:, half:]
     add_symmetric_product(total[:half, :half], left)
     add_symmetric_product(total[half:, half:], right)
-    cross = (left.T @ right).to(total)
+    cross = as_sum(left.T @ right, total)
     total[:half, half:] += cross
     total[half:, :half] += cross.T

@@ -46,20 +46,20 @@ class ScoreLayer(PackedLayer):
         num_heads, num_rows, head_dim = queries.shape
         num_kv_heads = keys.shape[0]
         grouped = queries.view(num_kv_heads, -1, num_rows, head_dim).float()
-        document_keys, document_values = (part[0].float().unsqueeze(1) for part in dense_heads(self.full))
+        document_keys, document_values = (part[0].float() for part in dense_heads(self.full))
         weights = self.head_gains.to(queries.device).square().view(num_kv_heads, -1, 1)
         out = torch.empty_like(grouped)
         for (first, last), source in zip(self.packed.bounds, self.packed.sources, strict=True):
-            all_keys = torch.cat([document_keys, keys[:, None, first:last].float()], dim=2)
-            all_values = torch.cat([document_values, values[:, None, first:last].float()], dim=2)
-            kv_len = all_keys.shape[2]
+            all_keys = torch.cat([document_keys, keys[:, first:last].float()], dim=1)
+            all_values = torch.cat([document_values, values[:, first:last].float()], dim=1)
+            kv_len = all_keys.shape[1]
             for start, stop in attention.row_blocks(last - first, kv_len, num_heads, queries.device):
                 seen = kv_len - (last - first) + stop
                 rows = slice(first + start, first + stop)
-                probs = attention.causal_scores(grouped[:, :, rows], all_keys[:, :, :seen], scaling).softmax(-1)
-                out[:, :, rows] = probs @ all_values[:, :, :seen]
-                norms = torch.linalg.vector_norm(probs[..., self.prefix_length : self.logical_length], dim=2)
-                self.scores[source] += (norms.square() * weights).sum(1)
+                probs = attention.causal_scores(grouped[:, :, rows], all_keys[:, :seen], scaling).softmax(-1)
+                out[:, :, rows] = attention.weigh_values(probs, all_values[:, :seen])
+                squares = probs[..., self.prefix_length : self.logical_length].square_().sum(2)
+                self.scores[source] += (squares * weights).sum(1)
         return out.view(queries.shape)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compactor.solve.biases import cholesky_solve
+from compactor.solve.biases import add_diagonal, cholesky_solve
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # candidates when the ridge is chosen on held-out rows
 
@@ -49,8 +49,7 @@ class ValueFit:
 def solve_ridge(stats: RidgeStats, ridge: float) -> torch.Tensor:
     """Return (G + ridge * mean diagonal * I)^-1 B, (num_keys, head_dim) float64."""
     diagonal = stats.gram.diagonal().mean().clamp_min(1e-300)
-    regularised = stats.gram + ridge * diagonal * torch.eye(stats.gram.shape[0]).to(stats.gram)
-    return cholesky_solve(regularised, stats.rhs)
+    return cholesky_solve(add_diagonal(stats.gram, ridge * diagonal), stats.rhs)
 
 
 def fit_values(train: RidgeStats, held_out: RidgeStats, ridge: float | None) -> ValueFit:
@@ -60,8 +59,8 @@ def fit_values(train: RidgeStats, held_out: RidgeStats, ridge: float | None) -> 
     """
     both = train + held_out
     if ridge is None:
-        errors = {candidate: held_out.error(solve_ridge(train, candidate)) for candidate in RIDGES}
-        ridge = min(errors, key=lambda candidate: errors[candidate])
+        errors = {candidate: held_out.error(solve_ridge(train, candidate)) for candidate in reversed(RIDGES)}
+        ridge = min(errors, key=lambda candidate: errors[candidate])  # of equals the strongest: there may be no rows
         if errors[ridge] > held_out.energy:
             return ValueFit(torch.zeros_like(both.rhs), float("inf"), both.energy, both.energy)
     change = solve_ridge(both, ridge)
