@@ -63,7 +63,8 @@ class ConsoleReporter:
 
     def note(self, message: str) -> None:
         """Show one sentence that matters but does not stop the work."""
-        note(f"note: {message}")
+        if not self.quiet:
+            note(f"note: {message}")
 
     @contextmanager
     def phase(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:

@@ -546,7 +546,7 @@ def batch_command(docs: Path, out: Path, tiny: Path, capsys: pytest.CaptureFixtu
     from compactor.cli.app import load_command, run
 
     def call(*arguments: str, model: Path = tiny) -> Ran:
-        given = [str(docs), "-o", str(out), "-m", str(model), "--queries", "context", "--reserve", "16"]
+        given = [str(docs), "-o", str(out), "-m", str(model), "--queries", "context", "--reserve", "64"]
         with pytest.raises(SystemExit) as stop:
             run("batch-compact", lambda: load_command("batch"), [*given, *arguments])
         captured = capsys.readouterr()
@@ -688,7 +688,7 @@ def test_ctrl_c_stops_the_real_process_within_a_document(docs: Path, out: Path, 
         "-m",
         str(tiny),
         "--reserve",
-        "16",
+        "64",
         "--self-study-tokens",
         "20000",
     ]
