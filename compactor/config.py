@@ -9,12 +9,28 @@ from compactor.errors import SettingsError
 
 DEFAULT_KEEP_RATIO = 0.1
 QUERY_SOURCES = ("context", "repeat", "self-study")
+OUR_METHODS = ("fast", "balanced", "best")
+BASELINES = (
+    "attention-matching-rms",
+    "attention-matching-omp",
+    "kvzip",
+    "snapkv",
+    "h2o",
+    "streaming",
+    "truncation",
+    "summary",
+    "random",
+)
+METHODS = (*OUR_METHODS, *BASELINES)
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+METHOD_QUERIES = {"fast": ("context",)}  # of the other methods: all sources
 
 
 @dataclass(frozen=True)
 class CompactSettings:
-    """Settings of one compaction. Exactly one of ``keep_ratio``, ``target_tokens``, ``max_bytes`` holds.
+    """Settings of one compaction. Exactly one of ``keep_ratio``, ``target_tokens``, ``max_bytes``, ``max_error`` holds.
 
     Raises SettingsError on construction when a value is out of range or two size targets are given.
     """
@@ -22,8 +38,12 @@ class CompactSettings:
     keep_ratio: float | None = None  # fraction of document keys kept, over all compacted heads
     target_tokens: int | None = None  # average number of document keys kept per head
     max_bytes: int | None = None  # bytes of all tensors in the file: prefix and sliding layers included
-    queries: tuple[str, ...] = QUERY_SOURCES
-    self_study_tokens: int = 1024  # answer tokens generated over all self-study prompts together
+    max_error: float | None = None  # predicted damage (docs/algorithm.md) that the cache may do at most
+    method: str = "balanced"
+    queries: tuple[str, ...] = ()  # empty: those of the method
+    self_study_tokens: int | None = (
+        None  # answer tokens over all self-study prompts; None follows the document's length
+    )
     chunk: int = 1024  # document tokens per piece of the repeat pass
     prefill_chunk: int = 2048  # tokens per forward call of the prefill
     reserve: int = 512  # tokens of the model's window left free for a question and its answer
@@ -34,16 +54,35 @@ class CompactSettings:
     system: str | None = None
     thinking: bool = False
     seed: int = 0
+    budget: str | None = None  # file with a budget profile of `--export-budget`; None ranks this document's own keys
+    keep_curves: bool = False  # keep what `compactor recompact` needs beside the cache
+    certify: bool = True  # measure the distance to the full cache on held-out self-study
+    require_kl: float | None = None  # nats per token that the certificate may show at most
+    grow: bool = False  # raise the budget until ``require_kl`` holds
 
     def __post_init__(self) -> None:
-        targets = [t for t in (self.keep_ratio, self.target_tokens, self.max_bytes) if t is not None]
+        targets = [t for t in (self.keep_ratio, self.target_tokens, self.max_bytes, self.max_error) if t is not None]
         if len(targets) > 1:
-            raise SettingsError("Give only one of --keep-ratio, --target-tokens and --max-bytes.")
+            raise SettingsError("Give only one of --keep-ratio, --target-tokens, --max-bytes and --max-error.")
         if not targets:
             object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
         if self.keep_ratio is not None and not 0.0 < self.keep_ratio <= 1.0:
             raise SettingsError(f"--keep-ratio is {self.keep_ratio:g}; give a fraction above 0 and at most 1.")
-        object.__setattr__(self, "queries", _query_sources(self.queries))
+        if self.max_error is not None and not 0.0 < self.max_error < float("inf"):
+            raise SettingsError(f"--max-error is {self.max_error:g}; give a positive number.")
+        if self.method not in METHODS:
+            raise SettingsError(f"--method is {self.method!r}; choose from {', '.join(METHODS)}.")
+        if self.method not in OUR_METHODS and (self.max_error is not None or self.budget is not None):
+            raise SettingsError(f"--max-error and --budget need one of the methods {', '.join(OUR_METHODS)}.")
+        if self.require_kl is not None and not 0.0 < self.require_kl < float("inf"):
+            raise SettingsError(f"--require-kl is {self.require_kl:g}; give a positive number of nats per token.")
+        if self.require_kl is not None and not self.certify:
+            raise SettingsError("--require-kl needs the certificate; leave out --no-certify.")
+        if self.grow and self.require_kl is None:
+            raise SettingsError("--grow raises the budget until --require-kl holds; give --require-kl too.")
+        object.__setattr__(
+            self, "queries", _query_sources(self.queries or METHOD_QUERIES.get(self.method, QUERY_SOURCES))
+        )
         for name, low in (("target_tokens", 1), ("max_bytes", 1), ("self_study_tokens", 1), ("chunk", 16),
                           ("prefill_chunk", 16), ("reserve", 64)):  # fmt: skip
             value = getattr(self, name)

@@ -60,4 +60,10 @@ class BatchError(CompactorError):
     exit_code = 9
 
 
+class FidelityError(CompactorError):
+    """The compacted cache answers less faithfully than ``--require-kl`` asks; nothing was written."""
+
+    exit_code = 10
+
+
 INTERRUPTED_EXIT_CODE = 130

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from compactor.attention import BLOCK_ELEMENTS
-from compactor.pipeline import fixed_bytes, full_bytes, keeps_everything, num_compacted, prepare, target_total
+from compactor.job import fixed_bytes, full_bytes, keeps_everything, num_compacted, prepare, target_total
 from compactor.reference_queries import SELF_STUDY_PROMPTS
 from compactor.solve.budget import key_bytes
 
 if TYPE_CHECKING:
     from compactor.config import CompactSettings
     from compactor.document import Document
+    from compactor.job import Job
     from compactor.model import LoadedModel
-    from compactor.pipeline import Job
 
 EFFICIENCY = 0.5  # of the rate of one large matrix product, over whole phases
 STEP_SECONDS_PER_LAYER = 4e-3  # of generation, beside the reads: 2.7 ms measured on an H100, 6 ms on two CPU cores
@@ -42,7 +42,7 @@ class Estimate:
 
 
 def estimate(document: Document, loaded: LoadedModel, settings: CompactSettings) -> Estimate:
-    """Return expected bytes and seconds. Raises what `pipeline.prepare` raises; runs no layer of the model."""
+    """Return expected bytes and seconds. Raises what `job.prepare` raises; runs no layer of the model."""
     job = prepare(document, loaded, settings)
     num_document = len(job.document_ids)
     kept_bytes = target_total(job) * key_bytes(loaded.head_dim, job.storage_dtype.itemsize)
@@ -76,8 +76,8 @@ def phase_seconds(job: Job, weights: int) -> dict[str, float]:
         return seconds
     segment_rows = num_document if "repeat" in settings.queries else 0
     if "self-study" in settings.queries:
-        segment_rows += settings.self_study_tokens
-        steps = settings.self_study_tokens / min(len(SELF_STUDY_PROMPTS), max(1, settings.self_study_tokens // 32))
+        segment_rows += job.self_study_tokens
+        steps = job.self_study_tokens / min(len(SELF_STUDY_PROMPTS), max(1, job.self_study_tokens // 32))
         reads = (weights + full_bytes(job)) / bandwidth
         seconds["ask"] = steps * (reads + STEP_SECONDS_PER_LAYER * loaded.num_layers)
     attend = 4 * layers * width * length

@@ -17,19 +17,22 @@ from tiny_models import FAMILIES, make_tiny
 from transformers import DynamicCache, GenerationConfig
 
 import compactor
-from compactor import estimate, pipeline
+from compactor import estimate
 from compactor.attach import AttachedCache, CompactedCache, attach_layers
 from compactor.config import QUERY_SOURCES, CompactSettings, DecodeSettings
 from compactor.decode import answer_question
 from compactor.document import Document, make_document
 from compactor.evaluate.compare import compare_answers
 from compactor.fidelity import answer_log_probs
+from compactor.job import prepare
+from compactor.methods import ours
 from compactor.model import LoadedModel, load_model
-from compactor.pipeline import compact, compact_prefilled, prefill_document, prepare, source_weights
+from compactor.pipeline import compact, compact_prefilled
 from compactor.prefill import CONTEXT_SPAN, context_spans
 from compactor.reference_queries import self_study_segments
 from compactor.solve.baselines import truncation
 from compactor.solve.budget import key_bytes
+from compactor.study import prefill_document, source_weights
 from compactor.types import CacheMetadata, LayerCache, Segment, SilentReporter
 
 TEXT = (
@@ -388,8 +391,8 @@ def test_only_layers_that_are_not_fitted_are_copied_to_the_storage_type(
         copied.append(layer)
         return original(layer, dtype)
 
-    original = pipeline.stored
-    monkeypatch.setattr(pipeline, "stored", watch)
+    original = ours.stored
+    monkeypatch.setattr(ours, "stored", watch)
     compact(document(), loaded, CompactSettings(keep_ratio=0.2, **FAST))
     assert [layer.sliding_window for layer in copied] == [w for w in loaded.sliding_windows if w is not None]
 

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from compactor.batch.runner import Batch, Job, Plan
     from compactor.model import LoadedModel
 
-DEFAULT_QUERIES = ",".join(COMPACT_DEFAULTS.queries)
 ENDINGS = {"done": "done", "skipped": "unchanged", "failed": "failed"}
 ACTIONS = {"compact": "to compact", "skip": "unchanged", "fail": "would fail"}
 
@@ -89,8 +88,8 @@ def batch_command(
     max_bytes: MaxBytes = None,
     model: Model = None,
     system: System = None,
-    queries: Queries = DEFAULT_QUERIES,
-    self_study_tokens: SelfStudyTokens = COMPACT_DEFAULTS.self_study_tokens,
+    queries: Queries = None,
+    self_study_tokens: SelfStudyTokens = None,
     chunk: Chunk = COMPACT_DEFAULTS.chunk,
     prefill_chunk: PrefillChunk = COMPACT_DEFAULTS.prefill_chunk,
     reserve: Reserve = COMPACT_DEFAULTS.reserve,
@@ -211,14 +210,14 @@ def _plan(
     force: bool,
     json: bool,
 ) -> None:
-    from compactor import pipeline
     from compactor.batch.runner import plan_batch
+    from compactor.job import prepare
 
     plans = list(
         plan_batch(
             batch,
             manifest,
-            lambda document: len(pipeline.prepare(document, loaded, settings).document_ids),
+            lambda document: len(prepare(document, loaded, settings).document_ids),
             settings_sha256=outcome_digest(loaded, settings),
             force=force,
             describe=_describe,

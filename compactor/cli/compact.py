@@ -11,7 +11,6 @@ import typer
 from compactor import console
 from compactor.cli.options import (
     COMPACT_DEFAULTS,
-    DEFAULT_QUERIES,
     CacheDtype,
     Chunk,
     Device,
@@ -62,8 +61,8 @@ def compact_command(
     max_bytes: MaxBytes = None,
     model: Model = None,
     system: System = None,
-    queries: Queries = DEFAULT_QUERIES,
-    self_study_tokens: SelfStudyTokens = COMPACT_DEFAULTS.self_study_tokens,
+    queries: Queries = None,
+    self_study_tokens: SelfStudyTokens = None,
     chunk: Chunk = COMPACT_DEFAULTS.chunk,
     prefill_chunk: PrefillChunk = COMPACT_DEFAULTS.prefill_chunk,
     reserve: Reserve = COMPACT_DEFAULTS.reserve,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compactor.attach import CompactedCache
     from compactor.cache_file import FileSizes
     from compactor.evaluate.compare import Comparison
-    from compactor.pipeline import Job
+    from compactor.job import Job
 
 DOCUMENT = "gpl-1.0.txt"  # GNU General Public License, version 1: "verbatim copies" of it are permitted to everyone
 QUESTIONS = (
@@ -59,16 +59,18 @@ def _demo(
     from compactor.config import CompactSettings, DecodeSettings
     from compactor.document import make_document
     from compactor.evaluate.compare import compare_answers
+    from compactor.job import prepare
     from compactor.model import load_model
     from compactor.output import check_output
+    from compactor.study import prefill_document
 
     check_output(path, force=True)
     reporter = console.ConsoleReporter()
     loaded = load_model(model, device=device, dtype=dtype, offline=offline, reporter=reporter)
     text = files("compactor").joinpath("data", DOCUMENT).read_text(encoding="utf-8")
     settings = CompactSettings(keep_ratio=KEEP_RATIO, self_study_tokens=SELF_STUDY_TOKENS, seed=seed)
-    job = pipeline.prepare(make_document(DOCUMENT, text), loaded, settings, reporter)
-    full = pipeline.prefill_document(job)
+    job = prepare(make_document(DOCUMENT, text), loaded, settings, reporter)
+    full = prefill_document(job)
     sizes = pipeline.compact_prefilled(job, full).save(path, force=True)
     cache = attach.load(path)
     comparisons = compare_answers(job, full, cache, QUESTIONS, DecodeSettings(max_new_tokens=ANSWER_TOKENS))

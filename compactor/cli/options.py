@@ -13,7 +13,6 @@ from compactor.config import CACHE_DTYPES, QUERY_SOURCES, CompactSettings, Decod
 
 COMPACT_DEFAULTS = CompactSettings()
 DECODE_DEFAULTS = DecodeSettings()
-DEFAULT_QUERIES = ",".join(COMPACT_DEFAULTS.queries)
 
 DEVICE_HELP = "Where the model runs: auto, cpu, cuda, cuda:1, mps."
 DTYPE_HELP = "Type of the model's activations: auto, bfloat16, float16, float32."
@@ -58,19 +57,20 @@ MaxBytes = Annotated[
 
 # How it is computed.
 Queries = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--queries",
         metavar="LIST",
-        help=f"Where reference queries come from: a comma-separated subset of {','.join(QUERY_SOURCES)}.",
+        help=f"Where reference queries come from: a comma-separated subset of {','.join(QUERY_SOURCES)}. "
+        "[default: those of the method]",
     ),
 ]
 SelfStudyTokens = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--self-study-tokens",
         metavar="N",
-        help="Tokens the model writes in self-study, all prompts together.",
+        help="Tokens the model writes in self-study, all prompts together; without it a quarter of the document's.",
     ),
 ]
 Chunk = Annotated[
@@ -117,6 +117,8 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def split_list(text: str) -> tuple[str, ...]:
-    """Split a comma-separated option; empty parts are dropped."""
+def split_list(text: str | None) -> tuple[str, ...]:
+    """Split a comma-separated option; empty parts are dropped, without the option there are none."""
+    if text is None:
+        return ()
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -9,9 +9,10 @@ from compactor.attach import AttachedCache, CompactedCache, attach_layers
 from compactor.config import DecodeSettings
 from compactor.decode import Answer, answer_question
 from compactor.fidelity import answer_log_probs, compare
-from compactor.pipeline import Job, stored
+from compactor.job import Job
 from compactor.prefill import Prefilled
 from compactor.solve.baselines import random_keys, truncation
+from compactor.study import stored
 from compactor.types import LayerCache
 
 
