@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "compactor"
 TAG = "compactor_layer"  # attribute of the key tensor through which a cache layer reaches `attention_forward`
-BLOCK_ELEMENTS = 1 << 24  # score elements held at once: 64 MiB in float32
-CPU_BLOCK_ELEMENTS = 1 << 21  # on a CPU: 8 MiB, so that a block stays in the cache between its passes
+GPU_BLOCK_FRACTION = 1 / 80  # of a GPU's memory that one block of float32 scores takes
+CPU_BLOCK_ELEMENTS = 1 << 21  # score elements held at once on a CPU: 8 MiB, so that a block stays in the cache
+MPS_BLOCK_ELEMENTS = 1 << 24
 
 
 class AttendingLayer(Protocol):
@@ -93,10 +94,17 @@ def tag(key: torch.Tensor, layer: AttendingLayer) -> torch.Tensor:
 
 def row_blocks(q_len: int, kv_len: int, num_heads: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of query rows such that the scores of one block stay within the device's block size."""
-    elements = CPU_BLOCK_ELEMENTS if device.type == "cpu" else BLOCK_ELEMENTS
-    step = max(1, min(q_len, elements // max(1, kv_len * num_heads)))
+    step = max(1, min(q_len, block_elements(device) // max(1, kv_len * num_heads)))
     for start in range(0, q_len, step):
         yield start, min(start + step, q_len)
+
+
+@cache
+def block_elements(device: torch.device) -> int:
+    """Return how many score elements are held at once."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * GPU_BLOCK_FRACTION) // 4
+    return CPU_BLOCK_ELEMENTS if device.type == "cpu" else MPS_BLOCK_ELEMENTS
 
 
 def causal_scores(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:

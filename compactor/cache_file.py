@@ -103,10 +103,8 @@ def count_full_cache_bytes(metadata: CacheMetadata) -> int:
     A layer with a sliding window of w tokens needs the last w - 1 of them.
     """
     model = metadata.model
-    rows = sum(
-        metadata.logical_length if window is None else min(metadata.logical_length, window - 1)
-        for window in metadata.sliding_windows
-    )
+    length = metadata.prefix_length + metadata.document_tokens
+    rows = sum(length if window is None else min(length, window - 1) for window in metadata.sliding_windows)
     return rows * model.num_kv_heads * 2 * model.head_dim * _ITEM_BYTES[STORAGE_DTYPES[metadata.dtype]]
 
 
@@ -539,10 +537,10 @@ def _check_metadata(metadata: CacheMetadata, head_lengths: list[list[int]]) -> N
         raise _Invalid(f"{model.num_heads} query heads do not share {model.num_kv_heads} KV heads evenly")
     if min(metadata.prefix_length, metadata.document_tokens) < 0 or metadata.logical_length >= 2**31:
         raise _Invalid("a token count is out of range")
-    if metadata.logical_length != metadata.prefix_length + metadata.document_tokens:
+    if not 0 <= metadata.logical_length - metadata.prefix_length <= metadata.document_tokens:
         raise _Invalid(
             f"its logical length {metadata.logical_length} is not {metadata.prefix_length} prefix"
-            f" and {metadata.document_tokens} document tokens"
+            f" and at most {metadata.document_tokens} document tokens"
         )
     if len(windows) != model.num_layers or any(window is not None and window < 1 for window in windows):
         raise _Invalid("its sliding windows do not belong to its layers")

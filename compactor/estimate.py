@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compactor.attention import BLOCK_ELEMENTS
+from compactor.attention import block_elements
 from compactor.job import fixed_bytes, full_bytes, keeps_everything, num_compacted, prepare, target_total
-from compactor.reference_queries import SELF_STUDY_PROMPTS
+from compactor.self_study import make_plan
 from compactor.solve.budget import key_bytes
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def estimate(document: Document, loaded: LoadedModel, settings: CompactSettings)
     seconds = phase_seconds(job, weights)
     longest_gram = min(num_document, round(4 * target_total(job) / (num_compacted(loaded) * loaded.num_kv_heads)))
     workspace = (
-        3 * 4 * BLOCK_ELEMENTS + 3 * 8 * longest_gram**2 + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
+        3 * 4 * block_elements(loaded.device) + 3 * 8 * longest_gram**2 + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
     )
     return Estimate(
         document_tokens=num_document,
@@ -77,7 +77,7 @@ def phase_seconds(job: Job, weights: int) -> dict[str, float]:
     segment_rows = num_document if "repeat" in settings.queries else 0
     if "self-study" in settings.queries:
         segment_rows += job.self_study_tokens
-        steps = job.self_study_tokens / min(len(SELF_STUDY_PROMPTS), max(1, job.self_study_tokens // 32))
+        steps = make_plan(num_document, job.self_study_tokens).answer_tokens
         reads = (weights + full_bytes(job)) / bandwidth
         seconds["ask"] = steps * (reads + STEP_SECONDS_PER_LAYER * loaded.num_layers)
     attend = 4 * layers * width * length

@@ -6,7 +6,8 @@ causally, itself. Attention is computed segment by segment inside the cache laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from compactor.types import LayerCache, Segment
 
 if TYPE_CHECKING:
     from compactor.model import LoadedModel
+
+
+LOCAL_ROWS = 1024  # rows of a block at most: short segments share a block, and see only themselves in it
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,50 @@ class Packed:
     def num_rows(self) -> int:
         """Number of packed tokens."""
         return int(self.token_ids.shape[1])
+
+    def row_weights(self, weights: dict[str, float], device: torch.device) -> torch.Tensor:
+        """Return the weight of each row by its source, (num_rows,) float32."""
+        spans = [weights[source] for source in self.sources]
+        lengths = torch.tensor([last - first for first, last in self.bounds])
+        return torch.tensor(spans).repeat_interleave(lengths).to(device)
+
+    def blocks(self, num_heads: int, device: torch.device, logical_length: int) -> Iterator[Block]:
+        """Cut the rows into blocks whose scores stay within the device's block size.
+
+        A block may hold many short segments, or a piece of a long one; its rows see the document and their own segment
+        only, causally.
+        """
+        step = max(1, attention.block_elements(device) // (num_heads * (logical_length + LOCAL_ROWS)))
+        step = min(step, LOCAL_ROWS)
+        starts = torch.tensor([first for first, _ in self.bounds])
+        own = torch.arange(len(starts)).repeat_interleave(torch.tensor([b - a for a, b in self.bounds])).to(device)
+        for first in range(0, self.num_rows, step):
+            last = min(first + step, self.num_rows)
+            local_first = int(starts[int((starts <= first).sum()) - 1])
+            rows = torch.arange(first, last, device=device).unsqueeze(-1)
+            columns = torch.arange(local_first, last, device=device)
+            hidden = (columns > rows) | (own[columns] != own[rows])
+            yield Block(first, last, local_first, hidden)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some packed rows, and the packed rows that they may see."""
+
+    first: int
+    last: int
+    local_first: int  # local keys are the packed rows local_first .. last
+    hidden: torch.Tensor  # (last - first, last - local_first) bool: other segments and later tokens
+
+    @property
+    def rows(self) -> slice:
+        """The rows as a slice."""
+        return slice(self.first, self.last)
+
+    @property
+    def locals(self) -> slice:
+        """The local keys as a slice."""
+        return slice(self.local_first, self.last)
 
 
 def pack(segments: Sequence[Segment], logical_length: int) -> Packed:
@@ -119,6 +167,34 @@ class PackedLayer(CacheLayerMixin):
         """Map (num_heads, num_rows, head_dim) queries and (num_kv_heads, num_rows, head_dim) local keys and values to
         outputs of the queries' shape."""
         raise TypeError(f"{type(self).__name__} does not define attend_packed")
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """Exact attention of one block over prefix, document and own segment, per KV head and query of its group."""
+
+    block: Block
+    probs: torch.Tensor  # (num_kv_heads, group, rows, logical_length + local) float32, true denominators
+    lse: torch.Tensor  # (num_kv_heads, group, rows) float32
+    values: torch.Tensor  # (num_kv_heads, logical_length + local, head_dim) float32
+
+
+def attend_blocks(
+    layer: PackedLayer, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> Iterator[BlockAttention]:
+    """Yield exact attention block by block; shapes as `PackedLayer.attend_packed`."""
+    num_heads, num_rows, head_dim = queries.shape
+    num_kv_heads, length = keys.shape[0], layer.logical_length
+    grouped = queries.view(num_kv_heads, -1, num_rows, head_dim)
+    document_keys, document_values = (part[0].float() for part in dense_heads(layer.full))
+    for block in layer.packed.blocks(num_heads, queries.device, length):
+        all_keys = torch.cat([document_keys, keys[:, block.locals].float()], dim=1)
+        all_values = torch.cat([document_values, values[:, block.locals].float()], dim=1)
+        rows = (grouped[:, :, block.rows].float() * scaling).flatten(1, 2)
+        scores = torch.bmm(rows, all_keys.mT).view(num_kv_heads, -1, block.last - block.first, all_keys.shape[1])
+        scores[..., length:].masked_fill_(block.hidden, -math.inf)
+        lse = scores.logsumexp(-1)
+        yield BlockAttention(block, scores.sub_(lse.unsqueeze(-1)).exp_(), lse, all_values)
 
 
 class WindowLayer(PackedLayer):

@@ -7,7 +7,7 @@ fitted, the queries themselves are kept in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 CONTEXT_SPAN = 256  # document tokens; a context row's own span counts as local, not as document
+
+Observer = Callable[[int, torch.Tensor], None]  # (position of the first row, attention): see `GrowingLayer.attend`
 
 
 @dataclass
@@ -57,10 +59,16 @@ class GrowingLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, capacity: int, prefix_length: int, head_gains: torch.Tensor | None, keep_queries: bool = False
+        self,
+        capacity: int,
+        prefix_length: int,
+        head_gains: torch.Tensor | None,
+        keep_queries: bool = False,
+        observer: Observer | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keep_queries = keep_queries
+        self.observer = observer
         self.capacity = capacity
         self.prefix_length = prefix_length
         self.head_gains = head_gains  # (num_heads,) float32, or None to observe nothing
@@ -87,7 +95,8 @@ class GrowingLayer(CacheLayerMixin):
         self.value_buffer[:, :, self.length : stop] = value_states
         self.length = stop
         keys, values = self.key_buffer[:, :, :stop], self.value_buffer[:, :, :stop]
-        return (keys if self.head_gains is None else attention.tag(keys, self)), values
+        watched = self.head_gains is not None or self.observer is not None
+        return (attention.tag(keys, self) if watched else keys), values
 
     def attend(
         self,
@@ -99,27 +108,36 @@ class GrowingLayer(CacheLayerMixin):
         scaling: float,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attend causally and add each document row's squared attention to the scores of earlier spans' keys."""
-        assert self.head_gains is not None and self.scores is not None
+        """Attend causally and add each document row's squared attention to the scores of earlier spans' keys.
+
+        An observer gets each block of attention, (num_kv_heads, group, rows, keys up to the last row) float32.
+        """
         _, num_heads, q_len, head_dim = query.shape
         num_kv_heads, kv_len = key.shape[1], key.shape[2]
         grouped = query[0].view(num_kv_heads, -1, q_len, head_dim).float()
         keys, values = key[0].float(), value[0].float()
-        weights = self.head_gains.to(query.device).square().view(num_kv_heads, -1, 1)
         out = torch.empty_like(grouped)
         first = kv_len - q_len
         for start, stop in attention.row_blocks(q_len, kv_len, num_heads, query.device):
             seen = first + stop
             probs = attention.causal_scores(grouped[:, :, start:stop], keys[:, :seen], scaling).softmax(-1)
             out[:, :, start:stop] = attention.weigh_values(probs, values[:, :seen])
-            for row, last, past in context_spans(first + start, first + stop, self.prefix_length):
-                rows = slice(row - first - start, last - first - start)
-                squares = probs[:, :, rows, self.prefix_length : past].square_().sum(2)
-                self.scores[:, self.prefix_length : past] += (squares * weights).sum(1)
+            if self.observer is not None:
+                self.observer(first + start, probs)
+            if self.head_gains is not None:
+                self._score(first + start, probs, self.head_gains)
         if self.keep_queries:
             skipped = max(0, self.prefix_length - first)
             self.observed.append(query[0, :, skipped:].to("cpu"))
         return out.view(1, num_heads, q_len, head_dim)
+
+    def _score(self, first: int, probs: torch.Tensor, head_gains: torch.Tensor) -> None:
+        """Add the squares of a block of attention, which are formed in place."""
+        assert self.scores is not None
+        weights = head_gains.to(probs.device).square().view(probs.shape[0], -1, 1)
+        for row, last, past in context_spans(first, first + probs.shape[2], self.prefix_length):
+            squares = probs[:, :, row - first : last - first, self.prefix_length : past].square_().sum(2)
+            self.scores[:, self.prefix_length : past] += (squares * weights).sum(1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length after the next update, and offset 0."""
@@ -200,17 +218,25 @@ def prefill(
     head_gains: torch.Tensor | None,
     reporter: Reporter,
     keep_queries: bool = False,
+    observers: Mapping[int, Observer] | None = None,
 ) -> Prefilled:
     """Run ``prefix | document`` through the model in chunks of ``prefill_chunk`` tokens.
 
     head_gains: (num_layers, num_heads) float32 to score keys by the document's own queries, or None; ``keep_queries``
-    keeps these queries too. Logits are never formed.
+    keeps these queries too. observers: per full-attention layer, what to show the attention of every row (this takes
+    the explicit attention of `GrowingLayer.attend`). Logits are never formed.
     """
     model = loaded.model
     attention.register(model)
     tokens = torch.tensor([*prefix_ids, *document_ids]).unsqueeze(0)
     layers: list[Any] = [
-        GrowingLayer(tokens.shape[1], len(prefix_ids), None if head_gains is None else head_gains[i], keep_queries)
+        GrowingLayer(
+            tokens.shape[1],
+            len(prefix_ids),
+            None if head_gains is None else head_gains[i],
+            keep_queries,
+            (observers or {}).get(i),
+        )
         if window is None
         else DynamicSlidingWindowLayer(sliding_window=window)
         for i, window in enumerate(loaded.sliding_windows)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar, cast
 
 import torch
@@ -15,12 +15,22 @@ from compactor import prompt as prompts
 from compactor.job import Job, keeps_everything
 from compactor.packed import Packed, PackedLayer, WindowLayer, groups, pack, run_packed
 from compactor.prefill import CONTEXT_SPAN, Prefilled, prefill
-from compactor.reference_queries import repeat_segments, self_study_segments
+from compactor.reference_queries import repeat_segments
+from compactor.self_study import self_study_segments
+from compactor.solve.chunk_grams import ChunkGrams, GramLayer, add_diagonal
 from compactor.solve.fit import FitInputs, FitLayer
 from compactor.solve.scores import ScoreLayer, value_distances
-from compactor.solve.select import Selection
+from compactor.solve.select import LayerCurves, Selection, greedy_curves
 from compactor.types import Advance, LayerCache, Segment
 
+GRAM_ROWS = (
+    1 << 16
+)  # packed rows of one pass; up to here a layer's Gram matrices are gone before the next layer's begin
+GRAM_BYTES = 4 << 30  # of Gram matrices held at once where one pass is not enough
+GREEDY_CHUNK = 512  # document keys of one greedy problem at most
+OWN_SHARE = 1.0  # of its own energy that a key counts as unlike any other: 0 is plain greedy, infinity single scores
+CONTEXT_SHARE = 0.5  # of the weight of context rows in the Gram diagonals
+STOP = 1e-4  # of a chunk's energy: a smaller gain ends its greedy search
 SCORE_ROWS = 8192  # packed rows of one score pass; bounds its memory at any document length
 
 Statistic = TypeVar("Statistic")
@@ -160,6 +170,99 @@ def squared_scores(study: Study, segments: list[Segment], weights: dict[str, flo
             for i in full.full_layers
         ]
     )
+
+
+def greedy_selection(study: Study, segments: list[Segment], weights: dict[str, float]) -> Selection:
+    """Order all keys by forward orthogonal least squares per chunk (solve/greedy.py), in common currency.
+
+    Context rows take part by the diagonal of the Gram matrices alone: each key's own squared attention.
+    """
+    full = study.full
+    batches = groups(segments, GRAM_ROWS)
+    curves: dict[int, LayerCurves] = {}
+    if len(batches) == 1:  # a layer is finished before the next begins
+        GramPass(study, weights, full.full_layers, curves).run(batches)
+    else:
+        at_once = max(1, GRAM_BYTES // gram_bytes(study))
+        for start in range(0, len(full.full_layers), at_once):
+            GramPass(study, weights, full.full_layers[start : start + at_once], curves).run(batches)
+    norms = {i: float(full.residual_norms[i]) ** -2 for i in full.full_layers}
+    return Selection(
+        torch.stack([curves[i].order.cpu() for i in full.full_layers]),
+        torch.stack([(curves[i].gains * norms[i]).cpu() for i in full.full_layers]),
+    )
+
+
+def gram_bytes(study: Study) -> int:
+    """Bytes of one layer's chunk Gram matrices."""
+    num_document = len(study.job.document_ids)
+    return 4 * study.job.loaded.num_kv_heads * num_document * min(GREEDY_CHUNK, num_document)
+
+
+class GramPass:
+    """One pass over all reference rows that accumulates some layers' Gram matrices and orders their keys."""
+
+    def __init__(
+        self, study: Study, weights: dict[str, float], members: list[int], curves: dict[int, LayerCurves]
+    ) -> None:
+        self.study, self.weights, self.curves = study, weights, curves
+        loaded, num_document = study.job.loaded, len(study.job.document_ids)
+        self.make_sums = {
+            i: partial(
+                ChunkGrams.empty, loaded.num_kv_heads, num_document, GREEDY_CHUNK, study.full.layers[i].keys.device
+            )
+            for i in members
+        }
+        self.sums: dict[int, ChunkGrams] = {}
+        self.finished: list[int] = []
+        self.last = False
+
+    def run(self, batches: list[list[Segment]]) -> None:
+        """Send all batches through the model; `curves` holds the members' orders afterwards."""
+        for number, batch in enumerate(batches):
+            self.last = number == len(batches) - 1
+            self.study.run_layers(batch, "select", self.make_layer)
+        self.order_keys()
+
+    def make_layer(self, i: int, layer: LayerCache, packed: Packed, advance: Advance) -> GramLayer:
+        """Return layer ``i`` of the pass; it begins its sums when the pass reaches it."""
+        full = self.study.full
+        return GramLayer(
+            layer,
+            packed,
+            full.logical_length,
+            advance,
+            prefix_length=full.prefix_length,
+            head_gains=self.study.job.head_gains[i],
+            source_weights=self.weights,
+            begin=partial(self.begin, i) if i in self.make_sums else None,
+            done=partial(self.done, i) if i in self.make_sums else None,
+        )
+
+    def begin(self, i: int) -> ChunkGrams:
+        """Return the sums of layer ``i``."""
+        if i not in self.sums:
+            self.sums[i] = self.make_sums[i]()
+        return self.sums[i]
+
+    def done(self, i: int) -> None:
+        """Take note that a batch has passed layer ``i``; order the keys where enough layers wait for it."""
+        if not self.last:
+            return
+        scores = self.study.full.context_scores.get(i)
+        if scores is None or "context" not in self.weights:
+            scores = torch.zeros(1, device=self.sums[i].gram.device)
+        add_diagonal(self.sums[i], OWN_SHARE, self.weights.get("context", 0.0) * CONTEXT_SHARE * scores)
+        self.finished.append(i)
+        if (len(self.finished) + 1) * gram_bytes(self.study) * 3 > GRAM_BYTES:  # the greedy search holds two more
+            self.order_keys()
+
+    def order_keys(self) -> None:
+        """Order the keys of the finished layers as one batch."""
+        full, self.finished, finished = self.study.full, [], self.finished
+        if finished:
+            sums, layers = [self.sums.pop(i) for i in finished], [full.layers[i] for i in finished]
+            self.curves.update(zip(finished, greedy_curves(sums, layers, full.prefix_length, STOP), strict=True))
 
 
 def fit(

@@ -128,3 +128,4 @@ class Segment:
 
     token_ids: tuple[int, ...]
     source: str  # "repeat" or "self-study"
+    answer_start: int = 0  # index of the first token of the answer

@@ -528,7 +528,7 @@ def test_out_of_memory_in_a_batch_says_what_to_lower(
     assert_names_options(document["message"], "batch", "--prefill-chunk", "--chunk", "--dtype")
 
 
-@pytest.mark.parametrize("phase", ["self-study", "score", "fit"])
+@pytest.mark.parametrize("phase", ["self-study", "select", "fit", "held-out", "certify"])
 @pytest.mark.parametrize(("failure", "where"), MEMORY)
 def test_out_of_memory_in_a_later_phase_says_what_to_lower(
     invoke: Command, place: Path, monkeypatch: pytest.MonkeyPatch, failure: Any, where: str, phase: str
@@ -593,7 +593,8 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, phase: str, failure: BaseException,
     ("phase", "after"),
     [
         ("load model", 0),
-        *((phase, after) for phase in ("prefill", "self-study", "score", "fit") for after in (0, 1, 2)),
+        *((phase, after) for phase in ("prefill", "self-study", "select", "fit") for after in (0, 1, 2)),
+        *((phase, after) for phase in ("held-out", "certify") for after in (0, 1)),
         ("write", 0),
     ],
 )
@@ -606,7 +607,7 @@ def test_ctrl_c_in_any_phase_of_compact_leaves_the_older_result(
     assert sentence == "error: interrupted; nothing was written"
 
 
-@pytest.mark.parametrize("phase", ["load model", "prefill", "self-study", "score", "fit", "write"])
+@pytest.mark.parametrize("phase", ["load model", "prefill", "self-study", "select", "fit", "certify", "write"])
 def test_ctrl_c_in_any_phase_of_a_batch_leaves_no_half_of_a_file(
     invoke: Command, place: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:

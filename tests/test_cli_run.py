@@ -32,9 +32,9 @@ def test_compact_writes_the_file_and_prints_a_summary(invoke: Command, folder: P
     assert [path.name for path in tmp_path.iterdir()] == ["doc.kv"]
     lines = done.stdout.splitlines()
     assert lines[0] == "doc.kv"
-    for label in ("document ", "kept ", "size ", "time ", "reconstruction error "):
+    for label in ("document ", "kept ", "size ", "fidelity ", "time ", "reconstruction error "):
         assert any(line.startswith(f"  {label}") for line in lines), label
-    for phase in ("load model", "prefill", "self-study", "score", "fit"):
+    for phase in ("load model", "prefill", "self-study", "select", "fit", "held-out", "certify"):
         assert f"\n{phase}: " in f"\n{done.stderr}", phase
 
 

@@ -25,21 +25,20 @@ from compactor.document import Document, make_document
 from compactor.evaluate.compare import compare_answers
 from compactor.fidelity import answer_log_probs
 from compactor.job import prepare
-from compactor.methods import ours
+from compactor.methods import ours, truncation
 from compactor.model import LoadedModel, load_model
 from compactor.pipeline import compact, compact_prefilled
 from compactor.prefill import CONTEXT_SPAN, context_spans
-from compactor.reference_queries import self_study_segments
-from compactor.solve.baselines import truncation
+from compactor.self_study import self_study_segments
 from compactor.solve.budget import key_bytes
-from compactor.study import prefill_document, source_weights
+from compactor.study import Study, prefill_document, source_weights
 from compactor.types import CacheMetadata, LayerCache, Segment, SilentReporter
 
 TEXT = (
     "The tenant shall pay rent on the first day of each month. Clause 7 says that repairs under 150 euros are paid by "
     "the tenant. The landlord may not enter without notice. Interest of 4.5% is due after 30 days. "
 )
-FAST = {"self_study_tokens": 64, "reserve": 128}
+FAST = {"self_study_tokens": 64, "reserve": 128, "certify": False}
 
 
 def tiny(folder: Path, family: str = "llama", num_heads: int = 4, num_kv_heads: int = 2, **fields: int) -> LoadedModel:
@@ -377,8 +376,8 @@ def test_compaction_beats_truncation_and_chance_on_a_tiny_model(tmp_path: Path) 
 def test_truncation_to_more_than_the_document_is_the_document(tmp_path: Path) -> None:
     job = prepare(document(), tiny(tmp_path), CompactSettings(**FAST))
     full = prefill_document(job)
-    layers, length = truncation(full, len(job.document_ids) + 50)
-    assert length == full.logical_length == layers[0].head_lengths[0]
+    cut = truncation.first_tokens(Study(job, full), len(job.document_ids) + 50)
+    assert cut.logical_length == full.logical_length == cut.layers[0].head_lengths[0]
 
 
 def test_only_layers_that_are_not_fitted_are_copied_to_the_storage_type(

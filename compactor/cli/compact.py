@@ -9,22 +9,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compactor import console
+from compactor.cli.inspect import show_fidelity
 from compactor.cli.options import (
     COMPACT_DEFAULTS,
+    Budget,
     CacheDtype,
+    Certify,
     Chunk,
     Device,
     Dtype,
+    Grow,
     Json,
+    KeepCurves,
     KeepRatio,
     MaxBytes,
+    MaxError,
     MaxLogBias,
+    Method,
     MinLogBias,
     Model,
     Offline,
     PrefillChunk,
     Queries,
     Quiet,
+    RequireKl,
     Reserve,
     Revision,
     Ridge,
@@ -59,8 +67,10 @@ def compact_command(
     keep_ratio: KeepRatio = None,
     target_tokens: TargetTokens = None,
     max_bytes: MaxBytes = None,
+    max_error: MaxError = None,
     model: Model = None,
     system: System = None,
+    method: Method = COMPACT_DEFAULTS.method,
     queries: Queries = None,
     self_study_tokens: SelfStudyTokens = None,
     chunk: Chunk = COMPACT_DEFAULTS.chunk,
@@ -69,9 +79,14 @@ def compact_command(
     ridge: Ridge = COMPACT_DEFAULTS.ridge,
     min_log_bias: MinLogBias = COMPACT_DEFAULTS.min_log_bias,
     max_log_bias: MaxLogBias = COMPACT_DEFAULTS.max_log_bias,
+    budget: Budget = None,
+    keep_curves: KeepCurves = COMPACT_DEFAULTS.keep_curves,
     cache_dtype: CacheDtype = COMPACT_DEFAULTS.cache_dtype,
     thinking: Thinking = COMPACT_DEFAULTS.thinking,
     seed: Seed = COMPACT_DEFAULTS.seed,
+    certify: Certify = COMPACT_DEFAULTS.certify,
+    require_kl: RequireKl = None,
+    grow: Grow = COMPACT_DEFAULTS.grow,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -85,12 +100,14 @@ def compact_command(
 ) -> None:
     """Turn a document into a compacted KV cache, from which `query` answers questions.
 
-    Give at most one of --keep-ratio, --target-tokens and --max-bytes.
+    Give at most one of --keep-ratio, --target-tokens, --max-bytes and --max-error.
     """
     settings = CompactSettings(
         keep_ratio=keep_ratio,
         target_tokens=target_tokens,
         max_bytes=max_bytes,
+        max_error=max_error,
+        method=method,
         queries=split_list(queries),
         self_study_tokens=self_study_tokens,
         chunk=chunk,
@@ -103,6 +120,11 @@ def compact_command(
         system=system,
         thinking=thinking,
         seed=seed,
+        budget=budget,
+        keep_curves=keep_curves,
+        certify=certify,
+        require_kl=require_kl,
+        grow=grow,
     )
     path: str | Path | None = None
     if not dry_run:  # as it was given: Path would drop the slash that tells a folder
@@ -162,12 +184,13 @@ def summary(path: str | Path, cache: CompactedCache, sizes: FileSizes) -> dict[s
 
 
 def show_summary(path: str | Path, cache: CompactedCache, sizes: FileSizes) -> str:
-    """Return what was made, for people: tokens, kept keys, bytes, seconds per phase, reconstruction error."""
+    """Return what was made, for people: tokens, kept keys, bytes, seconds per phase, fidelity, reconstruction error."""
     metadata = cache.metadata
     report = dict(metadata.report)
     seconds: dict[str, float] = report.pop("seconds", {})
     kept, total = report.pop("kept_keys", None), report.pop("document_keys", None)
     full_bytes, tensor_bytes = report.pop("full_bytes", None), report.pop("tensor_bytes", cache.nbytes)
+    fidelity = show_fidelity(report.pop("fidelity", {}))
     report.pop("kept_ratio", None)
     fields: dict[str, object] = {
         "document": f"{metadata.document_name}, {metadata.document_tokens:,} tokens, "
@@ -181,6 +204,8 @@ def show_summary(path: str | Path, cache: CompactedCache, sizes: FileSizes) -> s
             f"{show_bytes(full_bytes)} -> {show_bytes(tensor_bytes)}, "
             f"{show_factor(full_bytes, tensor_bytes)}, header {show_bytes(sizes.header_bytes)}"
         )
+    if fidelity:
+        fields["fidelity"] = fidelity
     if seconds:
         fields["time"] = f"{show_seconds(sum(seconds.values()))}: {show_phases(seconds)}"
     fields |= {name: show_number(value) for name, value in report.items() if isinstance(value, int | float)}

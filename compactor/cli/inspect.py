@@ -134,12 +134,43 @@ def show_cache(file: str, metadata: CacheMetadata, table: TensorTable, *, verifi
         "header": show_bytes(sizes.header_bytes),
         "written by": f"kv-compactor {metadata.tool_version}, seed {metadata.seed}",
     }
+    if fidelity := show_fidelity(metadata.report.get("fidelity", {})):
+        fields["fidelity"] = fidelity
     if verified:
         fields["verified"] = f"the SHA-256 of all {len(table.entries)} tensors is right"
     lines = [printable(file), *show_tree(fields)]
     for title, tree in (("settings", metadata.settings), ("report", metadata.report)):
         lines += ["", title, *(show_tree(tree) or ["  none"])]
     return "\n".join(lines)
+
+
+def show_fidelity(fidelity: object) -> str:
+    """Return a report's certificate on one line, "" where there is none or another program wrote something else.
+
+    ``fidelity``: what the report holds under this name; None says that it was not measured.
+    """
+    if fidelity is None:
+        return "not measured"
+    match fidelity:
+        case {
+            "kl_mean": int() | float() as mean,
+            "kl_p95": int() | float() as p95,
+            "kl_worst": int() | float() as worst,
+            "agreement": int() | float() as agreement,
+            "no_document": {"kl_mean": int() | float() as bare},
+        }:
+            return (
+                f"KL {show_kl(mean)} nats per token (95%: {show_kl(p95)}, worst answer {show_kl(worst)}; "
+                f"no document {show_kl(bare)}), same token {agreement:.0%}"
+            )
+    return ""
+
+
+def show_kl(nats: float) -> str:
+    """Return nats with two significant digits, or two decimals above one: 0.012, 0.26, 1.92; 0 below a millionth."""
+    if nats >= 1:
+        return f"{nats:.2f}"
+    return f"{nats:.2g}" if nats >= 1e-6 else "0"
 
 
 def show_tree(tree: dict[str, Any], indent: str = "  ", unit: str = "") -> list[str]:

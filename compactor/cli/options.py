@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compactor.config import CACHE_DTYPES, QUERY_SOURCES, CompactSettings, DecodeSettings
+from compactor.config import CACHE_DTYPES, METHODS, QUERY_SOURCES, CompactSettings, DecodeSettings
 
 COMPACT_DEFAULTS = CompactSettings()
 DECODE_DEFAULTS = DecodeSettings()
@@ -54,8 +54,28 @@ TargetTokens = Annotated[
 MaxBytes = Annotated[
     int | None, typer.Option("--max-bytes", metavar="N", help="Instead: bytes of all tensors of the file.")
 ]
+MaxError = Annotated[
+    float | None,
+    typer.Option("--max-error", metavar="X", help="Instead: the smallest cache whose predicted damage is at most X."),
+]
 
 # How it is computed.
+Method = Annotated[
+    str,
+    typer.Option("--method", metavar="NAME", help=f"How keys are chosen and fitted, ours first: {', '.join(METHODS)}."),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="FILE",
+        help="Share the keys among the heads by a profile; without it by this document's own ranking.",
+    ),
+]
+KeepCurves = Annotated[
+    bool,
+    typer.Option("--keep-curves", help="Keep beside the cache what a smaller one can be made of without the model."),
+]
 Queries = Annotated[
     str | None,
     typer.Option(
@@ -111,6 +131,21 @@ System = Annotated[
 ]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Let a model that can think do so before it answers.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is sampled.")]
+
+# How faithful it is.
+Certify = Annotated[
+    bool,
+    typer.Option("--certify/--no-certify", help="Measure the distance to the full cache on held-out questions."),
+]
+RequireKl = Annotated[
+    float | None,
+    typer.Option(
+        "--require-kl",
+        metavar="X",
+        help="Write nothing when the certificate shows more than X nats per token of KL to the full cache.",
+    ),
+]
+Grow = Annotated[bool, typer.Option("--grow", help="Keep more keys until --require-kl holds, at most all.")]
 
 # What is printed.
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]

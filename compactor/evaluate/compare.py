@@ -10,10 +10,9 @@ from compactor.config import DecodeSettings
 from compactor.decode import Answer, answer_question
 from compactor.fidelity import answer_log_probs, compare
 from compactor.job import Job
+from compactor.methods import Compacted, random, truncation
 from compactor.prefill import Prefilled
-from compactor.solve.baselines import random_keys, truncation
-from compactor.study import stored
-from compactor.types import LayerCache
+from compactor.study import Study
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,15 @@ def baseline_caches(job: Job, full: Prefilled, cache: CompactedCache) -> dict[st
     plain_key = 2 * job.loaded.head_dim * job.storage_dtype.itemsize
     ragged_bytes = sum(cache.layers[i].nbytes for i in full.full_layers)
     truncated_length = ragged_bytes // (heads * plain_key) - full.prefix_length
-    cut, length = truncation(full, truncated_length)
-    chance = random_keys(full, cache.metadata.report["kept_keys"] // heads, seed=job.settings.seed)
+    study = Study(job, full)
 
-    def attached(layers: list[LayerCache], logical_length: int) -> AttachedCache:
-        return attach_layers(job.loaded.model, [stored(layer, job.storage_dtype) for layer in layers], logical_length)
+    def attached(compacted: Compacted) -> AttachedCache:
+        return attach_layers(job.loaded.model, compacted.layers, compacted.logical_length)
 
-    return {"truncated document": attached(cut, length), "random keys": attached(chance, full.logical_length)}
+    return {
+        "truncated document": attached(truncation.first_tokens(study, truncated_length)),
+        "random keys": attached(random.compact(study, cache.metadata.report["kept_keys"])),
+    }
 
 
 def compare_answers(

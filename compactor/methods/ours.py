@@ -5,16 +5,15 @@ from __future__ import annotations
 from compactor.methods import Compacted
 from compactor.solve.budget import allocate
 from compactor.solve.fit import FitLayer
-from compactor.solve.select import select_keys
-from compactor.study import Study, fit, source_weights, squared_scores, stored
+from compactor.study import Study, fit, greedy_selection, source_weights, stored
 
 
 def solve(study: Study, num_kept: int) -> Compacted:
     """Keep ``num_kept`` document keys over all heads."""
     job, segments = study.job, study.segments
     weights = source_weights(job, segments)
-    with job.timed("score"):
-        selection = study.once("selection", lambda: select_keys(squared_scores(study, segments, weights)))
+    with job.timed("select"):
+        selection = study.once("greedy", lambda: greedy_selection(study, segments, weights))
     with job.timed("budget"):
         counts = allocate(selection.gains, num_kept)
     with job.timed("fit"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+JITTER_32 = 1e-7  # the same for float32 factors
 JITTER = 1e-12  # of the mean diagonal, added to Cholesky factors of singular blocks; raised tenfold on failure
 TOLERANCE = 1e-9  # default, on the projected gradient, relative to the largest |r|
 
@@ -81,7 +82,9 @@ def _projected_newton_step(
     index = free.nonzero().squeeze(-1)
     direction = torch.zeros_like(x)
     block = gram if len(index) == len(x) else gram.index_select(0, index).index_select(1, index)
-    direction[index] = -cholesky_solve(block, gradient[index].unsqueeze(-1)).squeeze(-1)
+    if block.is_cuda:  # a direction needs no float64: the gradient that steers it is exact
+        block = block.float()
+    direction[index] = -cholesky_solve(block, gradient[index].unsqueeze(-1).to(block.dtype)).squeeze(-1).to(x.dtype)
     for step_direction in (direction, -torch.where(free, gradient, 0.0)):  # Newton first, then steepest descent
         step = 1.0
         while step > 1e-12:
@@ -98,8 +101,8 @@ def _projected_newton_step(
 def cholesky_solve(gram: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     """Solve gram X = rhs for symmetric positive semi-definite ``gram`` (n, n); a singular one gets the least jitter
     that factors, from `JITTER` of the mean diagonal upwards."""
-    mean = gram.diagonal().mean().clamp_min(1e-300) if gram.numel() else gram.new_tensor(1.0)
-    jitter = JITTER
+    mean = gram.diagonal().mean().clamp_min(1e-30) if gram.numel() else gram.new_tensor(1.0)
+    jitter = JITTER if gram.dtype == torch.float64 else JITTER_32
     while True:
         factor, info = torch.linalg.cholesky_ex(add_diagonal(gram, jitter * mean))
         if int(info) == 0 or jitter > 1.0:

@@ -3,12 +3,19 @@
 Per KV head, over all its reference rows: attention mass on the document -> biases (biases.py), attention output ->
 values (values.py), both jointly over the kept keys of all chunks and with the true normaliser. The layer then returns
 attention over its compacted self, so that the next layer sees what it will see at decode time.
+
+Exact attention is computed once per row. What prefix and local keys give to it does not change when the document is
+compacted, except for the normaliser: with lse and rest_i (their share of the output under lse) known, a row needs only
+its scores on the kept keys:
+
+    lse' = log(exp(lse) r_i + sum over kept j of exp(s q_i.k_j + beta_j)),   r_i = share of prefix and local keys
+    out'_i = exp(lse - lse') rest_i + sum over kept j of exp(s q_i.k_j + beta_j - lse') v'_j
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +23,12 @@ import torch
 from compactor import attention
 from compactor.attach import dense_heads
 from compactor.config import CompactSettings
-from compactor.packed import Packed, PackedLayer
+from compactor.packed import Packed, PackedLayer, attend_blocks
 from compactor.prefill import context_spans
 from compactor.solve.biases import solve_box_nnls
 from compactor.solve.gram import GramSum, energy_of
 from compactor.solve.values import RidgeStats, ValueFit, fit_values
-from compactor.types import LayerCache
+from compactor.types import Advance, LayerCache
 
 HELD_OUT_SPAN, HELD_OUT_EVERY = 32, 5  # one span of 32 rows in five chooses the ridge
 BIAS_PRIOR = 1e-3  # pull of each b towards 1, relative to its own diagonal entry
@@ -29,7 +36,7 @@ REFILLS = 3  # rounds in which keys at the lower bound give their slot to the ne
 WORTH_A_REFILL = 0.01  # of the kept keys: fewer at the lower bound stay where they are
 RESERVE_FRACTION, RESERVE_LEAST, RESERVE_MOST = 0.125, 8, 128  # candidates beyond the count, for refills
 BIAS_TOLERANCE = 1e-6  # stopping test of the biases; the data are float32
-GRAM_ROWS = 512  # query positions of one Gram block: few enough that they look at some of the keys only
+CPU_GRAM_ROWS = 512  # query positions of one Gram block on a CPU: few enough that they look at some of the keys only
 AT_FLOOR = 1.0 + 1e-6
 
 
@@ -59,44 +66,57 @@ class HeadFit:
     squared_error: float  # weighted, of the attention output, on all rows
     unfitted_error: float  # the same with the original values and the fitted biases
     energy: float  # weighted squared norm of the true attention output
+    gram: torch.Tensor | None = None  # (num_kept, num_kept) float64: sum of w A_i A_i^T, where it is asked for
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A block of reference queries of one KV head, and the local tokens they see causally (the last q_len: their own).
+    """Reference rows of one KV head (or, with a leading dimension, of all) and their exact attention, float32."""
 
-    A segment's local tokens follow the document; a context row's are those of its own span of the document.
-    """
+    queries: torch.Tensor  # (group, num_rows, head_dim), multiplied by the scaling
+    root_weights: torch.Tensor  # (group, num_rows): square roots of the row weights
+    lse: torch.Tensor  # (group, num_rows): over prefix, document and local keys
+    rest_share: torch.Tensor  # (group, num_rows): attention on prefix and local keys
+    rest: torch.Tensor  # (group, num_rows, head_dim): their part of the output
+    out: torch.Tensor  # (group, num_rows, head_dim): the whole output
+    held_out: torch.Tensor  # (num_rows,) bool: chooses the ridge instead of being fitted
+    document_stop: torch.Tensor | None = None  # (num_rows,) int64: document keys that the row sees; None is all
 
-    queries: torch.Tensor  # (group, q_len, head_dim) float32, multiplied by the scaling
-    root_weights: torch.Tensor  # (group, 1) float32: square roots of the row weights
-    document_stop: int  # document keys that the rows see: the first ones
-    local_keys: torch.Tensor  # (num_local, head_dim) float32, num_local >= q_len
-    local_values: torch.Tensor
-    held_out: torch.Tensor  # (q_len,) bool
+    def head(self, index: int) -> Rows:
+        """Return the rows of one KV head."""
+        return Rows(
+            self.queries[index],
+            self.root_weights[index],
+            self.lse[index],
+            self.rest_share[index],
+            self.rest[index],
+            self.out[index],
+            self.held_out,
+            self.document_stop,
+        )
+
+    def blocks(self, num_columns: int) -> Iterator[slice]:
+        """Cut the rows such that ``num_columns`` scores a row stay within the device's block size."""
+        device, group = self.queries.device, self.queries.shape[0]
+        most = CPU_GRAM_ROWS if device.type == "cpu" else self.queries.shape[1]
+        step = max(1, min(most, attention.block_elements(device) // (group * max(1, num_columns))))
+        for start in range(0, self.queries.shape[1], step):
+            yield slice(start, min(start + step, self.queries.shape[1]))
 
 
 @dataclass(frozen=True)
 class HeadKeys:
-    """Full keys and values of one KV head, float32: prefix and document, and the keys as the file will hold them."""
+    """Document keys and values of one KV head, float32, and the keys as the file will hold them."""
 
-    prefix_keys: torch.Tensor
-    prefix_values: torch.Tensor
-    document_keys: torch.Tensor
-    document_values: torch.Tensor
-    stored_keys: torch.Tensor  # document keys rounded to the storage type
+    values: torch.Tensor  # (num_document, head_dim)
+    stored_keys: torch.Tensor  # (num_document, head_dim): rounded to the storage type
 
 
 class FitLayer(PackedLayer):
     """Fits its layer when the pass reaches it; ``fitted`` and ``heads`` hold the result."""
 
     def __init__(
-        self,
-        full: LayerCache,
-        packed: Packed,
-        logical_length: int,
-        advance: Callable[[int], None],
-        inputs: FitInputs,
+        self, full: LayerCache, packed: Packed, logical_length: int, advance: Advance, inputs: FitInputs
     ) -> None:
         super().__init__(full, packed, logical_length, advance)
         self.inputs = inputs
@@ -107,120 +127,124 @@ class FitLayer(PackedLayer):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Fit every KV head, then attend over the compacted layer; see `PackedLayer.attend_packed` for shapes."""
-        num_kv_heads = keys.shape[0]
-        group = queries.shape[0] // num_kv_heads
-        prefix = self.inputs.prefix_length
-        full_keys, full_values = (part[0] for part in dense_heads(self.full))
-        self.heads = []
-        for head in range(num_kv_heads):
-            own = slice(head * group, (head + 1) * group)
-            document_keys = full_keys[head, prefix:].float()
-            parts = HeadKeys(
-                full_keys[head, :prefix].float(),
-                full_values[head, :prefix].float(),
-                document_keys,
-                full_values[head, prefix:].float(),
-                document_keys.to(self.inputs.storage_dtype).float(),
-            )
-            blocks = list(self._segment_rows(own, queries, keys[head].float(), values[head].float(), scaling))
-            blocks += self._context_rows(own, parts, scaling)
-            self.heads.append(
-                fit_head(parts, blocks, self.inputs.order[head], self.inputs.counts[head], self.inputs.settings)
-            )
-        self.fitted = assemble(self.full, self.heads, prefix, self.inputs.storage_dtype)
-        return self._attend_fitted(queries, keys, values, scaling)
-
-    def _segment_rows(
-        self, own: slice, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-    ) -> Iterator[Rows]:
-        gains = self.inputs.head_gains[own].to(queries.device).unsqueeze(-1)
-        for (first, last), source in zip(self.packed.bounds, self.packed.sources, strict=True):
-            kv_len = self.logical_length + last - first
-            step = max(1, attention.BLOCK_ELEMENTS // (kv_len * gains.shape[0]))
-            for start in range(0, last - first, step):
-                stop = min(start + step, last - first)
-                yield Rows(
-                    queries[own, first + start : first + stop].float() * scaling,
-                    gains * math.sqrt(self.inputs.source_weights[source]),
-                    int(self.inputs.order.shape[-1]),
-                    keys[first : first + stop],
-                    values[first : first + stop],
-                    held_out_rows(first + start, stop - start, queries.device),
-                )
-
-    def _context_rows(self, own: slice, parts: HeadKeys, scaling: float) -> Iterator[Rows]:
-        inputs, device = self.inputs, parts.document_keys.device
-        if inputs.context_queries is None:
-            return
-        gains = inputs.head_gains[own].to(device).unsqueeze(-1)
-        for start, stop, past in context_spans(0, int(inputs.order.shape[-1]), 0):
-            yield Rows(
-                inputs.context_queries[own, start:stop].to(device).float() * scaling,
-                gains * math.sqrt(inputs.source_weights["context"]),
-                past,
-                parts.document_keys[past:stop],
-                parts.document_values[past:stop],
-                held_out_rows(start, stop - start, device),
-            )
-
-    def _attend_fitted(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        assert self.fitted is not None
-        layer, longest = self.fitted, max(self.fitted.head_lengths)
-        stored_keys, stored_values = layer.keys.to(queries.dtype), layer.values.to(queries.dtype)
-        out = torch.empty(queries.shape, device=queries.device)
-        for first, last in self.packed.bounds:
-            rows = queries[None, :, first:last]
-            part, lse = attention.document_attention(
-                rows,
-                stored_keys,
-                stored_values,
-                layer.biases,
-                layer.offsets,
-                scaling=scaling,
-                max_head_length=longest,
-            )
-            tail, tail_lse = attention.tail_attention(
-                rows, keys[None, :, first:last], values[None, :, first:last], mask=None, scaling=scaling
-            )
-            out[:, first:last] = attention.merge(part, lse, tail, tail_lse)[0][0]
-        return out
+        inputs, prefix = self.inputs, self.inputs.prefix_length
+        full_keys, full_values = (part[0, :, prefix:] for part in dense_heads(self.full))
+        rows = [segment_rows(self, inputs, queries, keys, values, scaling)]
+        if inputs.context_queries is not None:
+            rows.append(context_rows(self.full, inputs, inputs.context_queries, scaling))
+        self.heads, outputs = [], []
+        for head in range(keys.shape[0]):
+            parts = HeadKeys(full_values[head].float(), full_keys[head].to(inputs.storage_dtype).float())
+            own = [part.head(head) for part in rows]
+            fit = fit_head(parts, own, inputs.order[head], inputs.counts[head], inputs.settings)
+            stored_values = fit.values.to(inputs.storage_dtype).float()
+            outputs.append(fitted_output(own[0], parts.stored_keys[fit.kept], stored_values, fit.biases))
+            self.heads.append(fit)
+        self.fitted = assemble(self.full, self.heads, prefix, inputs.storage_dtype)
+        return torch.stack(outputs).view(queries.shape)
 
 
-def held_out_rows(first: int, count: int, device: torch.device) -> torch.Tensor:
-    """Return bool (count,): which of the rows ``first ..`` choose the ridge instead of being fitted."""
-    spans = torch.arange(first, first + count, device=device) // HELD_OUT_SPAN
+def segment_rows(
+    layer: PackedLayer,
+    inputs: FitInputs,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+) -> Rows:
+    """Return all packed rows with their exact attention, heads first; shapes as `PackedLayer.attend_packed`."""
+    num_kv_heads, num_rows = keys.shape[0], queries.shape[1]
+    prefix, length = inputs.prefix_length, layer.logical_length
+    grouped = queries.view(num_kv_heads, -1, num_rows, queries.shape[-1])
+    gains = inputs.head_gains.to(queries.device).view(num_kv_heads, -1, 1)
+    roots = gains * layer.packed.row_weights(inputs.source_weights, queries.device).sqrt()
+    rest = torch.empty(grouped.shape, device=queries.device)
+    out, lse = torch.empty_like(rest), torch.empty_like(roots)
+    rest_share = torch.empty_like(roots)
+    for seen in attend_blocks(layer, queries, keys, values, scaling):
+        own = seen.block.rows
+        before, after = seen.probs[..., :prefix], seen.probs[..., length:]
+        part = attention.weigh_values(before, seen.values[:, :prefix])
+        part += attention.weigh_values(after, seen.values[:, length:])
+        document = attention.weigh_values(seen.probs[..., prefix:length], seen.values[:, prefix:length])
+        rest[:, :, own], out[:, :, own], lse[:, :, own] = part, part + document, seen.lse
+        rest_share[:, :, own] = before.sum(-1) + after.sum(-1)
+    held_out = held_out_rows(num_rows, queries.device)
+    return Rows(grouped.float() * scaling, roots, lse, rest_share, rest, out, held_out)
+
+
+def context_rows(full: LayerCache, inputs: FitInputs, queries: torch.Tensor, scaling: float) -> Rows:
+    """Return the document's own rows, heads first; the keys of a row's own span are local (prefill.context_spans).
+
+    queries: (num_heads, num_document, head_dim).
+    """
+    keys, values = (part[0].float() for part in dense_heads(full))
+    num_kv_heads, prefix = keys.shape[0], inputs.prefix_length
+    num_document, device = queries.shape[1], keys.device
+    grouped = queries.view(num_kv_heads, -1, num_document, queries.shape[-1])
+    parts: list[tuple[torch.Tensor, ...]] = []
+    stops = torch.zeros(num_document, dtype=torch.int64, device=device)
+    first_row = num_document
+    for start, stop, past in context_spans(0, num_document, 0):
+        first_row = min(first_row, start)
+        stops[start:stop] = past
+        rows = (grouped[:, :, start:stop].to(device).float() * scaling).flatten(1, 2)
+        seen = prefix + stop
+        scores = torch.bmm(rows, keys[:, :seen].mT).view(num_kv_heads, -1, stop - start, seen)
+        attention.hide_future(scores)
+        lse = scores.logsumexp(-1)
+        probs = scores.sub_(lse.unsqueeze(-1)).exp_()
+        rest = attention.weigh_values(probs[..., :prefix], values[:, :prefix])
+        rest += attention.weigh_values(probs[..., prefix + past :], values[:, prefix + past : seen])
+        document = attention.weigh_values(probs[..., prefix : prefix + past], values[:, prefix : prefix + past])
+        share = probs[..., :prefix].sum(-1) + probs[..., prefix + past :].sum(-1)
+        parts.append((rows.view(*rest.shape), lse, share, rest, rest + document))
+    if not parts:
+        shape = (num_kv_heads, grouped.shape[1], 0)
+        none = torch.zeros(*shape, queries.shape[-1], device=device)
+        parts.append((none, torch.zeros(shape, device=device), torch.zeros(shape, device=device), none, none))
+    scaled, lse, share, rest, out = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    weight = inputs.source_weights["context"] ** 0.5
+    roots = (inputs.head_gains.to(device).view(num_kv_heads, -1, 1) * weight).expand(lse.shape)
+    return Rows(scaled, roots, lse, share, rest, out, held_out_rows(lse.shape[2], device), stops[first_row:])
+
+
+def held_out_rows(count: int, device: torch.device) -> torch.Tensor:
+    """Return bool (count,): which of the rows choose the ridge instead of being fitted."""
+    spans = torch.arange(count, device=device) // HELD_OUT_SPAN
     return spans % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def fit_head(keys: HeadKeys, blocks: list[Rows], order: torch.Tensor, count: int, settings: CompactSettings) -> HeadFit:
+def fit_head(keys: HeadKeys, parts: list[Rows], order: torch.Tensor, count: int, settings: CompactSettings) -> HeadFit:
     """Choose, bias and refit ``count`` document keys of one KV head; ``order`` ranks all of them, best first."""
-    num_document = keys.document_keys.shape[0]
-    device = keys.document_keys.device
+    num_document = keys.values.shape[0]
+    device = keys.values.device
     if count >= num_document:
         everything = torch.arange(num_document, device=device)
         zero = torch.zeros(num_document, device=device)
-        return HeadFit(everything, zero, keys.document_values, 0.0, True, 0.0, 0.0, 0.0)
+        return HeadFit(everything, zero, keys.values, 0.0, True, 0.0, 0.0, 0.0)
     reserve = min(num_document, count + min(RESERVE_MOST, max(RESERVE_LEAST, int(RESERVE_FRACTION * count))))
     candidates = order[:reserve].to(device)
     sums = GramSum(reserve, 1, solve_device(device))
-    outputs, energy = [], 0.0
-    for rows in blocks:
-        lse, mass, out = full_attention(keys, rows)
-        shares = weigh(kept_attention(keys.stored_keys[candidates], candidates, rows, lse), rows)
-        masses = weigh(mass.unsqueeze(-1), rows)
-        for part, target in zip(shares.split(GRAM_ROWS, 1), masses.split(GRAM_ROWS, 1), strict=True):
-            sums.add(part.flatten(0, 1), target.flatten(0, 1))
-        energy += energy_of(weigh(out, rows))
-        outputs.append(out)
+    energy = 0.0
+    for rows in parts:
+        for block in rows.blocks(reserve):
+            shares = kept_attention(rows, block, keys.stored_keys[candidates], candidates).exp_()
+            roots = rows.root_weights[:, block].unsqueeze(-1)
+            mass = 1.0 - rows.rest_share[:, block].unsqueeze(-1)
+            sums.add((shares * roots).flatten(0, 1), (mass * roots).flatten(0, 1))
+        energy += energy_of(rows.out * rows.root_weights.unsqueeze(-1))
     chosen, scale, converged = choose_biases(sums.gram, sums.rhs[:, 0], count, settings)
     by_position = candidates[chosen.to(device)].sort()
     kept = by_position.values
     biases = scale.log().float().to(device)[by_position.indices]
-    fit = fit_head_values(keys, blocks, outputs, kept, biases, settings.ridge)
-    values = keys.document_values[kept] + fit.change.float().to(device)
-    return HeadFit(kept, biases, values, fit.ridge, converged, fit.error_after, fit.error_before, energy)
+    gram = None
+    if settings.keep_curves:
+        sorted_ = chosen[by_position.indices.to(chosen.device)]
+        gram = sums.gram[sorted_][:, sorted_]
+    fit = fit_head_values(keys, parts, kept, biases, settings.ridge)
+    values = keys.values[kept] + fit.change.float().to(device)
+    return HeadFit(kept, biases, values, fit.ridge, converged, fit.error_after, fit.error_before, energy, gram)
 
 
 def choose_biases(
@@ -254,24 +278,20 @@ def choose_biases(
 
 
 def fit_head_values(
-    keys: HeadKeys,
-    blocks: list[Rows],
-    outputs: list[torch.Tensor],
-    kept: torch.Tensor,
-    biases: torch.Tensor,
-    ridge: float | None,
+    keys: HeadKeys, parts: list[Rows], kept: torch.Tensor, biases: torch.Tensor, ridge: float | None
 ) -> ValueFit:
     """Refit the values of the kept keys so that attention over the compacted head gives the true outputs."""
-    device = keys.document_keys.device
-    head_dim = keys.document_values.shape[-1]
-    train, held_out = (GramSum(len(kept), head_dim, solve_device(device)) for _ in range(2))
-    kept_keys, kept_values = keys.stored_keys[kept], keys.document_values[kept]
-    for rows, out in zip(blocks, outputs, strict=True):
-        shares, delivered = fitted_attention(keys, kept, kept_keys, kept_values, biases, rows)
-        weights, targets = weigh(shares, rows), weigh(out - delivered, rows)
-        for sums, member in ((train, ~rows.held_out), (held_out, rows.held_out)):
-            for positions in member.nonzero().squeeze(-1).split(GRAM_ROWS):
-                sums.add(weights[:, positions].flatten(0, 1), targets[:, positions].flatten(0, 1))
+    device = keys.values.device
+    train, held_out = (GramSum(len(kept), keys.values.shape[-1], solve_device(device)) for _ in range(2))
+    kept_keys, kept_values = keys.stored_keys[kept], keys.values[kept]
+    for rows in parts:
+        for block in rows.blocks(len(kept)):
+            shares, faded = fitted_attention(rows, block, kept_keys, biases, kept)
+            missing = rows.out[:, block] - faded.unsqueeze(-1) * rows.rest[:, block] - shares @ kept_values
+            roots = rows.root_weights[:, block].unsqueeze(-1)
+            shares, missing, aside = shares.mul_(roots), missing.mul_(roots), rows.held_out[block]
+            for sums, member in ((train, ~aside), (held_out, aside)):
+                sums.add(shares[:, member].flatten(0, 1), missing[:, member].flatten(0, 1))
     return fit_values(
         RidgeStats(train.gram, train.rhs, train.energy),
         RidgeStats(held_out.gram, held_out.rhs, held_out.energy),
@@ -280,70 +300,34 @@ def fit_head_values(
 
 
 def fitted_attention(
-    keys: HeadKeys,
-    kept: torch.Tensor,
-    kept_keys: torch.Tensor,
-    kept_values: torch.Tensor,
-    biases: torch.Tensor,
-    rows: Rows,
+    rows: Rows, block: slice, kept_keys: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend over prefix, kept (biased) and local keys.
+    """Return attention to the kept keys under the compacted normaliser, (group, rows, num_kept), and what is left of the
+    attention to prefix and local keys, exp(lse - lse'), (group, rows)."""
+    scores = kept_attention(rows, block, kept_keys, kept).add_(biases)  # relative to lse
+    shift = torch.logaddexp(scores.logsumexp(-1), rows.rest_share[:, block].log())  # lse' - lse
+    return scores.sub_(shift.unsqueeze(-1)).exp_(), (-shift).exp()
 
-    Returns the weights of the kept keys (group, q_len, num_kept) and the output (group, q_len, head_dim).
+
+def fitted_output(rows: Rows, kept_keys: torch.Tensor, kept_values: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
+    """Return attention of rows that see the whole document over the compacted head: (group, num_rows, head_dim)."""
+    out = torch.empty_like(rows.out)
+    everything = torch.zeros(len(biases), dtype=torch.int64, device=biases.device)
+    for block in rows.blocks(len(biases)):
+        shares, faded = fitted_attention(rows, block, kept_keys, biases, everything)
+        out[:, block] = shares @ kept_values + faded.unsqueeze(-1) * rows.rest[:, block]
+    return out
+
+
+def kept_attention(rows: Rows, block: slice, stored_keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the attention of a block of rows to some document keys under the full normaliser.
+
+    stored_keys: (num_keys, head_dim); positions: (num_keys,) int64. Returns (group, rows, num_keys) float32.
     """
-    prefix = keys.prefix_keys.shape[0]
-    all_keys = torch.cat([keys.prefix_keys, kept_keys, rows.local_keys])
-    all_values = torch.cat([keys.prefix_values, kept_values, rows.local_values])
-    hidden = kept >= rows.document_stop
-    group, q_len, head_dim = rows.queries.shape
-    shares = rows.queries.new_empty(group, q_len, len(kept))
-    out = rows.queries.new_empty(group, q_len, head_dim)
-    for first, last in attention.row_blocks(q_len, len(all_keys), group, all_keys.device):
-        seen = len(all_keys) - q_len + last
-        scores = rows.queries[:, first:last] @ all_keys[:seen].T
-        document = scores[..., prefix : prefix + len(kept)]
-        document += biases
-        document.masked_fill_(hidden, -math.inf)
-        attention.hide_future(scores)
-        probs = scores.softmax(-1)
-        shares[:, first:last] = probs[..., prefix : prefix + len(kept)]
-        out[:, first:last] = probs @ all_values[:seen]
-    return shares, out
-
-
-def full_attention(keys: HeadKeys, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attend over prefix, document and local keys.
-
-    Returns lse (group, q_len), the document's attention mass (group, q_len), and the output (group, q_len, head_dim).
-    """
-    prefix, stop = keys.prefix_keys.shape[0], rows.document_stop
-    all_keys = torch.cat([keys.prefix_keys, keys.document_keys[:stop], rows.local_keys])
-    all_values = torch.cat([keys.prefix_values, keys.document_values[:stop], rows.local_values])
-    group, q_len, _ = rows.queries.shape
-    lse, mass, out = [], [], []
-    for first, last in attention.row_blocks(q_len, len(all_keys), group, all_keys.device):
-        seen = len(all_keys) - q_len + last
-        scores = rows.queries[:, first:last] @ all_keys[:seen].T
-        attention.hide_future(scores)
-        largest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        lse.append((largest + total.log()).squeeze(-1))
-        mass.append(weights[..., prefix : prefix + stop].sum(-1) / total.squeeze(-1))
-        out.append((weights @ all_values[:seen]) / total)
-    return torch.cat(lse, 1), torch.cat(mass, 1), torch.cat(out, 1)
-
-
-def kept_attention(stored_keys: torch.Tensor, positions: torch.Tensor, rows: Rows, lse: torch.Tensor) -> torch.Tensor:
-    """Attention of the rows to some document keys under the full normaliser: (group, q_len, num_keys) float32."""
-    scores = rows.queries @ stored_keys.T
-    scores.masked_fill_(positions >= rows.document_stop, -math.inf)
-    return scores.sub_(lse.unsqueeze(-1)).exp_()
-
-
-def weigh(rows_values: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Multiply (group, q_len, columns) by the square roots of the row weights."""
-    return rows_values * rows.root_weights.unsqueeze(-1)
+    scores = rows.queries[:, block] @ stored_keys.T
+    if rows.document_stop is not None:
+        scores.masked_fill_(positions >= rows.document_stop[block].unsqueeze(-1), -math.inf)
+    return scores.sub_(rows.lse[:, block].unsqueeze(-1))
 
 
 def solve_device(device: torch.device) -> torch.device:

@@ -91,7 +91,9 @@ class _State:
         index = best.unsqueeze(-1)
         step, problems = self.count, torch.arange(len(best), device=best.device)
         own = self.own.gather(1, index)
-        scale = torch.where((gain > 0).unsqueeze(-1), own.clamp_min(1e-30).rsqrt(), 0.0)  # a redundant key changes nothing
+        scale = torch.where(
+            (gain > 0).unsqueeze(-1), own.clamp_min(1e-30).rsqrt(), 0.0
+        )  # a redundant key changes nothing
         column = self.gram[problems, best]
         if step:
             before = self.factor[problems, :step, best]

@@ -16,7 +16,7 @@ import torch
 
 from compactor import attention
 from compactor.attach import dense_heads
-from compactor.packed import Packed, PackedLayer
+from compactor.packed import Packed, PackedLayer, attend_blocks
 from compactor.types import LayerCache
 
 
@@ -42,24 +42,19 @@ class ScoreLayer(PackedLayer):
     def attend_packed(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attend segment by segment; see `PackedLayer.attend_packed` for shapes."""
-        num_heads, num_rows, head_dim = queries.shape
-        num_kv_heads = keys.shape[0]
-        grouped = queries.view(num_kv_heads, -1, num_rows, head_dim).float()
-        document_keys, document_values = (part[0].float() for part in dense_heads(self.full))
-        weights = self.head_gains.to(queries.device).square().view(num_kv_heads, -1, 1)
-        out = torch.empty_like(grouped)
-        for (first, last), source in zip(self.packed.bounds, self.packed.sources, strict=True):
-            all_keys = torch.cat([document_keys, keys[:, first:last].float()], dim=1)
-            all_values = torch.cat([document_values, values[:, first:last].float()], dim=1)
-            kv_len = all_keys.shape[1]
-            for start, stop in attention.row_blocks(last - first, kv_len, num_heads, queries.device):
-                seen = kv_len - (last - first) + stop
-                rows = slice(first + start, first + stop)
-                probs = attention.causal_scores(grouped[:, :, rows], all_keys[:, :seen], scaling).softmax(-1)
-                out[:, :, rows] = attention.weigh_values(probs, all_values[:, :seen])
-                squares = probs[..., self.prefix_length : self.logical_length].square_().sum(2)
-                self.scores[source] += (squares * weights).sum(1)
+        """Attend block by block; see `PackedLayer.attend_packed` for shapes."""
+        num_kv_heads, prefix, length = keys.shape[0], self.prefix_length, self.logical_length
+        gains = self.head_gains.to(queries.device).square().view(num_kv_heads, -1, 1)
+        out = torch.empty(num_kv_heads, gains.shape[1], *queries.shape[1:], device=queries.device)
+        weights = {
+            s: self.packed.row_weights({o: float(o == s) for o in self.scores}, queries.device) for s in self.scores
+        }
+        for seen in attend_blocks(self, queries, keys, values, scaling):
+            rows = seen.block.rows
+            out[:, :, rows] = attention.weigh_values(seen.probs, seen.values)
+            squares = seen.probs[..., prefix:length].square_()
+            for source, member in weights.items():
+                self.scores[source] += torch.einsum("kgrt,kgr->kt", squares, gains * member[rows])
         return out.view(queries.shape)
 
 

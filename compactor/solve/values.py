@@ -15,6 +15,7 @@ import torch
 
 from compactor.solve.biases import add_diagonal, cholesky_solve
 
+FLOAT32_RIDGE = 1e-5  # from here on a GPU factors in float32 and refines once in float64
 RIDGES = (1e-3, 1e-2, 1e-1)  # candidates when the ridge is chosen on held-out rows
 
 
@@ -49,7 +50,13 @@ class ValueFit:
 def solve_ridge(stats: RidgeStats, ridge: float) -> torch.Tensor:
     """Return (G + ridge * mean diagonal * I)^-1 B, (num_keys, head_dim) float64."""
     diagonal = stats.gram.diagonal().mean().clamp_min(1e-300)
-    return cholesky_solve(add_diagonal(stats.gram, ridge * diagonal), stats.rhs)
+    system = add_diagonal(stats.gram, ridge * diagonal)
+    if system.is_cuda and ridge >= FLOAT32_RIDGE:
+        scale = diagonal.clamp_min(1e-30)  # keeps float32 in range
+        change = cholesky_solve((system / scale).float(), (stats.rhs / scale).float()).double()
+        residual = stats.rhs - system @ change  # one step of refinement in float64
+        return change + cholesky_solve((system / scale).float(), (residual / scale).float()).double()
+    return cholesky_solve(system, stats.rhs)
 
 
 def fit_values(train: RidgeStats, held_out: RidgeStats, ridge: float | None) -> ValueFit:

@@ -1,0 +1,71 @@
+"""Knows compaction in words: the model summarises the document, and the summary takes the document's place. Knows no
+keys."""
+
+from __future__ import annotations
+
+import torch
+
+from compactor import attach
+from compactor.errors import DocumentError
+from compactor.methods import Compacted
+from compactor.methods.keeping import plain_tokens
+from compactor.prefill import prefill
+from compactor.prompt import control_tokens
+from compactor.reference_queries import generate, stop_token_ids
+from compactor.study import Study, stored
+
+SUMMARY = "the model's own summary of the document, as a plain cache of the same bytes"
+INSTRUCTION = (
+    "Summarise the text above in about {words} words. Keep all names, numbers, dates and facts that a question about "
+    "the text may ask for. Write the summary only."
+)
+WORDS_PER_TOKEN = 0.7  # of English prose, so that the summary ends before it is cut off
+
+
+def compact(study: Study, num_kept: int) -> Compacted:
+    """Summarise greedily with the full cache, at most as many tokens as the bytes of ``num_kept`` keys allow, and
+    prefill the summary in place of the document. Raises DocumentError when the window has no room for the request."""
+    job = study.job
+    most = plain_tokens(study, num_kept)
+    with job.timed("summarise"):
+        token_ids = study.once(("summary", most), lambda: summarise(study, most))
+        summary = prefill(
+            job.loaded,
+            list(job.prompt.prefix_ids),
+            token_ids,
+            prefill_chunk=job.settings.prefill_chunk,
+            head_gains=None,
+            reporter=job.reporter,
+        )
+    layers = [stored(layer, job.storage_dtype) for layer in summary.layers]
+    return Compacted(layers, summary.logical_length, {"summary_tokens": len(token_ids)})
+
+
+@torch.no_grad()
+def summarise(study: Study, max_tokens: int) -> list[int]:
+    """Return the tokens of the model's summary: at least one, at most ``max_tokens``, no control token among them."""
+    job, full = study.job, study.full
+    words = max(1, round(WORDS_PER_TOKEN * max_tokens))
+    question = job.prompt.question_ids(INSTRUCTION.format(words=words))
+    room = job.room - len(question)
+    if room < 1:
+        raise DocumentError(
+            f"{job.document.name} leaves {job.room} tokens of the model's window, too few to ask for a summary "
+            f"({len(question)} tokens); shorten it, or take a model with a larger window."
+        )
+    cache = attach.attach_layers(job.loaded.model, full.layers, full.logical_length)
+    input_ids = torch.tensor([question], device=job.loaded.device)
+    with job.reporter.phase("summarise"):
+        generated = generate(
+            job.loaded,
+            input_ids=input_ids,
+            attention_mask=cache.attention_mask(torch.ones_like(input_ids)),
+            past_key_values=cache,
+            max_new_tokens=min(max_tokens, room),
+            min_new_tokens=1,
+            do_sample=False,
+        )
+    token_ids: list[int] = generated[0, len(question) :].tolist()
+    forbidden = stop_token_ids(job.loaded) | set(control_tokens(job.loaded.tokenizer).values())
+    plain = [token for token in token_ids if token not in forbidden]
+    return plain or token_ids[:1]
