@@ -6,6 +6,7 @@ of new tokens. It reports the logical length, so that rope positions continue af
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compactor import attention
+from compactor.output import AnyPath
 from compactor.types import CacheMetadata, LayerCache
 
 if TYPE_CHECKING:
@@ -243,6 +245,7 @@ class CompactedCache:
 
     layers: list[LayerCache]
     metadata: CacheMetadata
+    save_sidecar: Callable[[AnyPath, bool], None] | None = None  # writes what --keep-curves keeps; path and force
 
     @property
     def nbytes(self) -> int:
@@ -261,11 +264,15 @@ class CompactedCache:
             check_identity(self.metadata.model, identify(model, None, name=self.metadata.model.name))
         return attach_layers(model, self.layers, self.metadata.logical_length)
 
-    def save(self, path: str | Path, *, force: bool = False) -> FileSizes:
-        """Write the cache atomically. Raises OutputError; an existing file is refused without ``force``."""
+    def save(self, path: AnyPath, *, force: bool = False) -> FileSizes:
+        """Write the cache atomically, and its sidecar where there is one. Raises OutputError; an existing file is refused
+        without ``force``."""
         from compactor.cache_file import save_cache
 
-        return save_cache(path, self.layers, self.metadata, force=force)
+        sizes = save_cache(path, self.layers, self.metadata, force=force)
+        if self.save_sidecar is not None:
+            self.save_sidecar(path, force)
+        return sizes
 
 
 def load(path: str | Path) -> CompactedCache:

@@ -170,6 +170,87 @@ def kernel_available(device: torch.device) -> bool:
     return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def dense_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend without a mask: query (num_kv_heads, rows, head_dim), keys and values (num_kv_heads, kv_len, head_dim).
+
+    Returns float32 out (query's shape) and lse (num_kv_heads, rows). Half-precision inputs on an NVIDIA GPU go through
+    PyTorch's own fused kernel (FlashAttention-2), whose output is rounded to the input's type; elsewhere float32.
+    """
+    if is_fast(query):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = flash(query[None], keys[None], values[None], 0.0, False, False, scale=scaling)[:2]
+        return out[0].float(), lse[0, :, : query.shape[1]]
+    num_kv_heads, num_rows, _ = query.shape
+    out = torch.empty(query.shape, device=query.device)
+    lse = torch.empty(query.shape[:-1], device=query.device)
+    keys, values = keys.float(), values.float()
+    for start, stop in row_blocks(num_rows, keys.shape[1], num_kv_heads, query.device):
+        scores = torch.bmm(query[:, start:stop].float() * scaling, keys.mT)
+        lse[:, start:stop] = scores.logsumexp(-1)
+        out[:, start:stop] = torch.bmm(scores.sub_(lse[:, start:stop].unsqueeze(-1)).exp_(), values)
+    return out, lse
+
+
+def causal_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend causally within one sequence through PyTorch's fused kernel: query, keys and values (num_heads, rows,
+    head_dim), where `is_fast`. Returns float32 out (query's shape) and lse (num_heads, rows)."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    out, lse = flash(query[None], keys[None], values[None], 0.0, True, False, scale=scaling)[:2]
+    return out[0].float(), lse[0, :, : query.shape[1]]
+
+
+def is_fast(query: torch.Tensor) -> bool:
+    """Whether a tensor is of half precision on an NVIDIA GPU whose matrix units and fused attention take it."""
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and kernel_available(query.device)
+
+
+def exponentials(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    row_shift: torch.Tensor,
+    key_shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return exp(s q_i.k_j + row_shift_i + key_shift_j), (n, rows, kv_len), for query (n, rows, head_dim), keys
+    (n, kv_len, head_dim), row_shift (n, rows) and key_shift (n, kv_len) float32.
+
+    With row_shift = -lse this is attention. Where `is_fast` the result is float16: queries and keys are rounded to
+    float16, the shifts ride along as two more columns each (a high and a low part), sums are float32.
+    """
+    if not is_fast(query):
+        shift = row_shift.unsqueeze(-1) if key_shift is None else row_shift.unsqueeze(-1) + key_shift.unsqueeze(1)
+        return torch.baddbmm(shift, query.float() * scaling, keys.float().mT).exp_()
+    rows = with_columns((query.float() * scaling).half(), row_shift, ones_first=False)
+    columns = with_columns(
+        keys.half(), torch.zeros_like(keys[..., 0]) if key_shift is None else key_shift, ones_first=True
+    )
+    scores = torch.bmm(rows, columns.mT, out_dtype=torch.float32)
+    return torch.exp(scores, out=torch.empty(scores.shape, dtype=torch.float16, device=scores.device))
+
+
+def with_columns(vectors: torch.Tensor, shift: torch.Tensor, *, ones_first: bool) -> torch.Tensor:
+    """Append eight columns to float16 vectors (n, rows, head_dim), such that the product of two such matrices, one with
+    ``ones_first``, adds both shifts (n, rows) to every entry."""
+    shift = shift.float().clamp(-6e4, 6e4)
+    high = shift.half()
+    low = (shift - high.float()).half()
+    one, zero = torch.ones_like(high), torch.zeros_like(high)
+    columns = [one, one, high, low] if ones_first else [high, low, one, one]
+    return torch.cat([vectors, torch.stack([*columns, zero, zero, zero, zero], dim=-1)], dim=-1)
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the batched product (n, a, b) x (n, b, c) in float32; float16 inputs are multiplied on the matrix units."""
+    if left.dtype == torch.float16:
+        return torch.bmm(left, right.half(), out_dtype=torch.float32)
+    return torch.bmm(left, right.float())
+
+
 def tail_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

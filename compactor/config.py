@@ -54,7 +54,7 @@ class CompactSettings:
     system: str | None = None
     thinking: bool = False
     seed: int = 0
-    budget: str | None = None  # file with a budget profile of `--export-budget`; None ranks this document's own keys
+    budget: str | None = None  # file with a profile of `compactor budget`; None ranks this document's own keys
     keep_curves: bool = False  # keep what `compactor recompact` needs beside the cache
     certify: bool = True  # measure the distance to the full cache on held-out self-study
     require_kl: float | None = None  # nats per token that the certificate may show at most
@@ -72,8 +72,12 @@ class CompactSettings:
             raise SettingsError(f"--max-error is {self.max_error:g}; give a positive number.")
         if self.method not in METHODS:
             raise SettingsError(f"--method is {self.method!r}; choose from {', '.join(METHODS)}.")
-        if self.method not in OUR_METHODS and (self.max_error is not None or self.budget is not None):
-            raise SettingsError(f"--max-error and --budget need one of the methods {', '.join(OUR_METHODS)}.")
+        if self.method not in OUR_METHODS and (self.max_error is not None or self.budget or self.keep_curves):
+            raise SettingsError(
+                f"--max-error, --budget and --keep-curves need one of the methods {', '.join(OUR_METHODS)}."
+            )
+        if self.keep_curves and self.keep_ratio == 1.0:
+            raise SettingsError("--keep-curves with --keep-ratio 1 has nothing to learn; give a smaller ratio.")
         if self.require_kl is not None and not 0.0 < self.require_kl < float("inf"):
             raise SettingsError(f"--require-kl is {self.require_kl:g}; give a positive number of nats per token.")
         if self.require_kl is not None and not self.certify:

@@ -51,7 +51,9 @@ def estimate(document: Document, loaded: LoadedModel, settings: CompactSettings)
     seconds = phase_seconds(job, weights)
     longest_gram = min(num_document, round(4 * target_total(job) / (num_compacted(loaded) * loaded.num_kv_heads)))
     workspace = (
-        3 * 4 * block_elements(loaded.device) + 3 * 8 * longest_gram**2 + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
+        3 * 4 * block_elements(loaded.device)
+        + 3 * 8 * longest_gram**2
+        + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
     )
     return Estimate(
         document_tokens=num_document,

@@ -14,6 +14,7 @@ import torch
 from compactor import prompt as prompts
 from compactor.config import CompactSettings
 from compactor.document import Document
+from compactor.errors import SettingsError
 from compactor.solve.budget import BYTES_PER_OFFSET, key_bytes, total_from_bytes
 from compactor.solve.currency import output_gains
 from compactor.types import Reporter, SilentReporter
@@ -87,6 +88,8 @@ def prepare(
     )
     job = Job(document, loaded, settings, prompt, document_ids, reporter or SilentReporter())
     target_total(job)  # raises when the size target is too small
+    if settings.keep_curves and keeps_everything(job):
+        raise SettingsError("--keep-curves has nothing to learn where every key is kept; give a smaller size.")
     return job
 
 
@@ -96,7 +99,8 @@ def num_compacted(loaded: LoadedModel) -> int:
 
 
 def target_total(job: Job) -> int:
-    """Return how many document keys to keep over all heads, from whichever size target was given."""
+    """Return how many document keys to keep over all heads, from whichever size target was given; all for --max-error,
+    whose size is found by the fit."""
     settings, loaded, num_document = job.settings, job.loaded, len(job.document_ids)
     num_heads = num_compacted(loaded) * loaded.num_kv_heads
     if settings.max_bytes is not None:
@@ -110,12 +114,15 @@ def target_total(job: Job) -> int:
         )
     if settings.target_tokens is not None:
         return min(settings.target_tokens, num_document) * num_heads
-    assert settings.keep_ratio is not None
+    if settings.keep_ratio is None:
+        return num_heads * num_document
     return max(num_heads, round(settings.keep_ratio * num_document * num_heads))
 
 
 def keeps_everything(job: Job) -> bool:
     """Whether the size target leaves nothing to choose: then no reference query is needed."""
+    if job.settings.max_error is not None:
+        return False
     return target_total(job) >= num_compacted(job.loaded) * job.loaded.num_kv_heads * len(job.document_ids)
 
 

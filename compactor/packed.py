@@ -45,13 +45,13 @@ class Packed:
         lengths = torch.tensor([last - first for first, last in self.bounds])
         return torch.tensor(spans).repeat_interleave(lengths).to(device)
 
-    def blocks(self, num_heads: int, device: torch.device, logical_length: int) -> Iterator[Block]:
-        """Cut the rows into blocks whose scores stay within the device's block size.
+    def blocks(self, num_heads: int, device: torch.device, prefix_length: int) -> Iterator[Block]:
+        """Cut the rows into blocks whose scores on prefix and local keys stay within the device's block size.
 
         A block may hold many short segments, or a piece of a long one; its rows see the document and their own segment
         only, causally.
         """
-        step = max(1, attention.block_elements(device) // (num_heads * (logical_length + LOCAL_ROWS)))
+        step = max(1, attention.block_elements(device) // (num_heads * (prefix_length + LOCAL_ROWS)))
         step = min(step, LOCAL_ROWS)
         starts = torch.tensor([first for first, _ in self.bounds])
         own = torch.arange(len(starts)).repeat_interleave(torch.tensor([b - a for a, b in self.bounds])).to(device)
@@ -170,31 +170,53 @@ class PackedLayer(CacheLayerMixin):
 
 
 @dataclass(frozen=True)
-class BlockAttention:
-    """Exact attention of one block over prefix, document and own segment, per KV head and query of its group."""
+class ExactRows:
+    """Exact attention of all packed rows over prefix, document and own segment, float32, per KV head and query head.
 
-    block: Block
-    probs: torch.Tensor  # (num_kv_heads, group, rows, logical_length + local) float32, true denominators
-    lse: torch.Tensor  # (num_kv_heads, group, rows) float32
-    values: torch.Tensor  # (num_kv_heads, logical_length + local, head_dim) float32
+    Leading dimensions are (num_kv_heads, group, num_rows).
+    """
+
+    lse: torch.Tensor  # over all keys
+    document: torch.Tensor  # (..., head_dim): the output of the document's keys alone, normalised among themselves
+    document_lse: torch.Tensor
+    rest: torch.Tensor  # (..., head_dim): what prefix and local keys add to the output
+    rest_share: torch.Tensor  # attention on prefix and local keys
+    out: torch.Tensor  # (..., head_dim): the whole output
 
 
-def attend_blocks(
-    layer: PackedLayer, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> Iterator[BlockAttention]:
-    """Yield exact attention block by block; shapes as `PackedLayer.attend_packed`."""
+def exact_rows(
+    layer: PackedLayer,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    prefix_length: int,
+) -> ExactRows:
+    """Attend exactly; shapes as `PackedLayer.attend_packed`."""
     num_heads, num_rows, head_dim = queries.shape
-    num_kv_heads, length = keys.shape[0], layer.logical_length
-    grouped = queries.view(num_kv_heads, -1, num_rows, head_dim)
-    document_keys, document_values = (part[0].float() for part in dense_heads(layer.full))
-    for block in layer.packed.blocks(num_heads, queries.device, length):
-        all_keys = torch.cat([document_keys, keys[:, block.locals].float()], dim=1)
-        all_values = torch.cat([document_values, values[:, block.locals].float()], dim=1)
+    num_kv_heads = keys.shape[0]
+    shape = (num_kv_heads, num_heads // num_kv_heads, num_rows)
+    grouped = queries.view(*shape, head_dim)
+    all_keys, all_values = (part[0] for part in dense_heads(layer.full))
+    document, document_lse = attention.dense_attention(
+        grouped.flatten(1, 2), all_keys[:, prefix_length:], all_values[:, prefix_length:], scaling
+    )
+    document, document_lse = document.view(*shape, head_dim), document_lse.reshape(shape)
+    near, near_lse = torch.empty_like(document), torch.empty_like(document_lse)
+    for block in layer.packed.blocks(num_heads, queries.device, prefix_length):
+        own_keys = torch.cat([all_keys[:, :prefix_length], keys[:, block.locals]], dim=1).float()
+        own_values = torch.cat([all_values[:, :prefix_length], values[:, block.locals]], dim=1).float()
         rows = (grouped[:, :, block.rows].float() * scaling).flatten(1, 2)
-        scores = torch.bmm(rows, all_keys.mT).view(num_kv_heads, -1, block.last - block.first, all_keys.shape[1])
-        scores[..., length:].masked_fill_(block.hidden, -math.inf)
+        scores = torch.bmm(rows, own_keys.mT).view(*shape[:2], block.last - block.first, -1)
+        scores[..., prefix_length:].masked_fill_(block.hidden, -math.inf)
         lse = scores.logsumexp(-1)
-        yield BlockAttention(block, scores.sub_(lse.unsqueeze(-1)).exp_(), lse, all_values)
+        near[:, :, block.rows] = attention.weigh_values(scores.sub_(lse.unsqueeze(-1)).exp_(), own_values)
+        near_lse[:, :, block.rows] = lse
+    lse = torch.logaddexp(near_lse, document_lse)
+    rest_share = (near_lse - lse).exp()
+    rest = near.mul_(rest_share.unsqueeze(-1))
+    out = rest + document * (document_lse - lse).exp().unsqueeze(-1)
+    return ExactRows(lse, document, document_lse, rest, rest_share, out)
 
 
 class WindowLayer(PackedLayer):

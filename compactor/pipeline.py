@@ -11,12 +11,14 @@ from compactor import __version__
 from compactor.attach import CompactedCache
 from compactor.certificate import fidelity_report
 from compactor.config import CompactSettings
+from compactor.curves import save_curves
 from compactor.document import Document
 from compactor.errors import FidelityError
 from compactor.job import Job, full_bytes, num_compacted, prepare, target_total
 from compactor.methods import Compacted, get_method
+from compactor.output import AnyPath
 from compactor.prefill import CONTEXT_SPAN, Prefilled
-from compactor.study import Study, prefill_document, to_host
+from compactor.study import GREEDY_CHUNK, Study, prefill_document, to_host
 from compactor.types import CacheMetadata, LayerCache, Reporter
 
 if TYPE_CHECKING:
@@ -113,7 +115,14 @@ def compact_study(
     if study.job.settings.certify if certify is None else certify:
         with study.job.timed("certify"):
             extra["fidelity"] = fidelity_report(study, compacted)
-    return CompactedCache([to_host(layer) for layer in compacted.layers], metadata(study, compacted, extra))
+    layers = [to_host(layer) for layer in compacted.layers]
+    curves = compacted.curves
+
+    def save_sidecar(path: AnyPath, force: bool) -> None:
+        if curves is not None:
+            save_curves(path, curves, chunk=GREEDY_CHUNK, force=force)
+
+    return CompactedCache(layers, metadata(study, compacted, extra), None if curves is None else save_sidecar)
 
 
 def metadata(study: Study, compacted: Compacted, extra: dict[str, Any]) -> CacheMetadata:
@@ -145,7 +154,7 @@ def report(study: Study, layers: list[LayerCache]) -> dict[str, Any]:
     document_keys = len(compacted) * job.loaded.num_kv_heads * len(job.document_ids)
     kept = sum(sum(layer.head_lengths) - full.prefix_length * layer.num_kv_heads for layer in compacted)
     rows: dict[str, int] = {"context": max(0, len(job.document_ids) - CONTEXT_SPAN)} if full.context_scores else {}
-    for segment in study.segments:
+    for segment in study.__dict__.get("segments", []):  # asked by no method, they were never made
         rows[segment.source] = rows.get(segment.source, 0) + len(segment.token_ids)
     return {
         "document_keys": document_keys,

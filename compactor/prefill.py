@@ -114,6 +114,8 @@ class GrowingLayer(CacheLayerMixin):
         """
         _, num_heads, q_len, head_dim = query.shape
         num_kv_heads, kv_len = key.shape[1], key.shape[2]
+        if attention.is_fast(query) and self.observer is None:
+            return self._attend_fused(query[0], key[0], value[0], scaling)
         grouped = query[0].view(num_kv_heads, -1, q_len, head_dim).float()
         keys, values = key[0].float(), value[0].float()
         out = torch.empty_like(grouped)
@@ -126,10 +128,42 @@ class GrowingLayer(CacheLayerMixin):
                 self.observer(first + start, probs)
             if self.head_gains is not None:
                 self._score(first + start, probs, self.head_gains)
-        if self.keep_queries:
-            skipped = max(0, self.prefix_length - first)
-            self.observed.append(query[0, :, skipped:].to("cpu"))
+        self._keep(query[0], first)
         return out.view(1, num_heads, q_len, head_dim)
+
+    def _keep(self, queries: torch.Tensor, first: int) -> None:
+        """Keep the document's queries (num_heads, q_len, head_dim) in host memory where they are wanted."""
+        if self.keep_queries:
+            self.observed.append(queries[:, max(0, self.prefix_length - first) :].to("cpu"))
+
+    def _attend_fused(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Do the same with fused attention and scores of rounded inputs; the batch dimension is dropped."""
+        assert self.head_gains is not None and self.scores is not None
+        num_heads, q_len, head_dim = queries.shape
+        num_kv_heads, first = keys.shape[0], keys.shape[1] - q_len
+        group = num_heads // num_kv_heads
+        own_keys, own_values = (part[:, first:].repeat_interleave(group, dim=0) for part in (keys, values))
+        out, lse = attention.causal_attention(queries, own_keys, own_values, scaling)
+        if first:
+            rows = queries.reshape(num_kv_heads, -1, head_dim)
+            past, past_lse = attention.dense_attention(rows, keys[:, :first], values[:, :first], scaling)
+            out, lse = attention.merge(out, lse, past.view(out.shape), past_lse.reshape(lse.shape))
+        gains = self.head_gains.to(queries.device)
+        largest = gains.max().clamp_min(1e-30)
+        shift = (gains / largest).clamp_min(1e-6).log().unsqueeze(-1) - lse
+        for row, last, span in context_spans(first, first + q_len, self.prefix_length):
+            if span == self.prefix_length:
+                continue
+            own = slice(row - first, last - first)
+            rows = queries[:, own].reshape(num_kv_heads, -1, head_dim)
+            row_shift = shift[:, own].reshape(num_kv_heads, -1)
+            probs = attention.exponentials(rows, keys[:, self.prefix_length : span], scaling, row_shift)
+            norms = torch.linalg.vector_norm(probs, dim=1, dtype=torch.float32)
+            self.scores[:, self.prefix_length : span] += (norms * largest).square()
+        self._keep(queries, first)
+        return out.unsqueeze(0)
 
     def _score(self, first: int, probs: torch.Tensor, head_gains: torch.Tensor) -> None:
         """Add the squares of a block of attention, which are formed in place."""

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 
 from compactor import prompt as prompts
+from compactor.config import OUR_METHODS
 from compactor.job import Job, keeps_everything
 from compactor.packed import Packed, PackedLayer, WindowLayer, groups, pack, run_packed
 from compactor.prefill import CONTEXT_SPAN, Prefilled, prefill
@@ -19,8 +20,8 @@ from compactor.reference_queries import repeat_segments
 from compactor.self_study import self_study_segments
 from compactor.solve.chunk_grams import ChunkGrams, GramLayer, add_diagonal
 from compactor.solve.fit import FitInputs, FitLayer
-from compactor.solve.scores import ScoreLayer, value_distances
-from compactor.solve.select import LayerCurves, Selection, greedy_curves
+from compactor.solve.scores import value_distances
+from compactor.solve.select import LayerCurves, Selection, greedy_curves, select_keys
 from compactor.types import Advance, LayerCache, Segment
 
 GRAM_ROWS = (
@@ -31,7 +32,6 @@ GREEDY_CHUNK = 512  # document keys of one greedy problem at most
 OWN_SHARE = 1.0  # of its own energy that a key counts as unlike any other: 0 is plain greedy, infinity single scores
 CONTEXT_SHARE = 0.5  # of the weight of context rows in the Gram diagonals
 STOP = 1e-4  # of a chunk's energy: a smaller gain ends its greedy search
-SCORE_ROWS = 8192  # packed rows of one score pass; bounds its memory at any document length
 
 Statistic = TypeVar("Statistic")
 MakeLayer = Callable[[int, LayerCache, Packed, Advance], PackedLayer]
@@ -56,6 +56,15 @@ class Study:
         """The reference segments that follow the document: repeat pass and self-study, as the settings ask."""
         with self.job.timed("ask"):
             return [] if keeps_everything(self.job) else ask(self.job, self.full)
+
+    def more_segments(self, factor: int) -> list[Segment]:
+        """Return the same with ``factor`` times the self-study."""
+
+        def make() -> list[Segment]:
+            with self.job.timed("ask"):
+                return ask(self.job, self.full, factor * self.job.self_study_tokens)
+
+        return [] if keeps_everything(self.job) else self.once(("segments", factor), make)
 
     def segments_of(self, *sources: str) -> list[Segment]:
         """Return the segments of some sources."""
@@ -88,7 +97,7 @@ def prefill_document(job: Job) -> Prefilled:
     """
     loaded, settings = job.loaded, job.settings
     with job.timed("prefill"):
-        observe = "context" in settings.queries and not keeps_everything(job)
+        observe = settings.method in OUR_METHODS and "context" in settings.queries and not keeps_everything(job)
         gains = job.head_gains if observe else None
         return prefill(
             loaded,
@@ -97,11 +106,11 @@ def prefill_document(job: Job) -> Prefilled:
             prefill_chunk=settings.prefill_chunk,
             head_gains=gains,
             reporter=job.reporter,
-            keep_queries="repeat" not in settings.queries,
+            keep_queries="repeat" not in settings.queries and settings.method != "fast",
         )
 
 
-def ask(job: Job, full: Prefilled) -> list[Segment]:
+def ask(job: Job, full: Prefilled, self_study_tokens: int | None = None) -> list[Segment]:
     """Return the reference segments that follow the document.
 
     Where the sources that were asked for give no row at all (a document of one context span, a window without room for
@@ -117,7 +126,7 @@ def ask(job: Job, full: Prefilled) -> list[Segment]:
             job.loaded,
             full,
             job.prompt,
-            total_tokens=job.self_study_tokens,
+            total_tokens=self_study_tokens or job.self_study_tokens,
             room=room,
             seed=settings.seed,
             reporter=job.reporter,
@@ -137,38 +146,30 @@ def source_weights(job: Job, segments: Sequence[Segment]) -> dict[str, float]:
     return {source: len(job.document_ids) / count for source, count in rows.items()}
 
 
-def squared_scores(study: Study, segments: list[Segment], weights: dict[str, float]) -> torch.Tensor:
-    """Return squared scores in common currency, (compacted layers, num_kv_heads, num_document) float32 on the host."""
-    job, full = study.job, study.full
-    shape = (job.loaded.num_kv_heads, len(job.document_ids))
-    totals = {i: torch.zeros(shape, device=full.layers[i].keys.device) for i in full.full_layers}
-    if "context" in weights:
-        for i, context in full.context_scores.items():
-            totals[i] += weights["context"] * context
-    gains = job.head_gains
-    sums = {(i, s.source): torch.zeros_like(totals[i]) for i in full.full_layers for s in segments}
-
-    def make(i: int, layer: LayerCache, packed: Packed, advance: Advance) -> ScoreLayer:
-        own = {source: sums[i, source] for source in packed.sources}
-        return ScoreLayer(
-            layer,
-            packed,
-            full.logical_length,
-            advance,
-            prefix_length=full.prefix_length,
-            head_gains=gains[i],
-            scores=own,
-        )
-
+def choose_keys(study: Study, segments: list[Segment], weights: dict[str, float]) -> Selection:
+    """Order all keys: greedily where reference segments follow the document, else by the document's own queries."""
     if segments:
-        study.run_layers(segments, "score", make, SCORE_ROWS)
-    for (i, source), part in sums.items():
-        totals[i] += weights[source] * part
-    return torch.stack(
-        [
-            (totals[i] * value_distances(full.layers[i], full.prefix_length) / full.residual_norms[i] ** 2).cpu()
-            for i in full.full_layers
-        ]
+        return greedy_selection(study, segments, weights)
+    if study.full.context_scores:
+        return context_selection(study)
+    num_document, num_kv_heads = len(study.job.document_ids), study.job.loaded.num_kv_heads
+    return select_keys(torch.zeros(len(study.full.full_layers), num_kv_heads, num_document))
+
+
+def context_selection(study: Study) -> Selection:
+    """Order all keys by the scores that the document's own queries gave them during prefill, in common currency."""
+    full = study.full
+    return select_keys(
+        torch.stack(
+            [
+                (
+                    full.context_scores[i]
+                    * value_distances(full.layers[i], full.prefix_length)
+                    / full.residual_norms[i] ** 2
+                ).cpu()
+                for i in full.full_layers
+            ]
+        )
     )
 
 

@@ -17,12 +17,20 @@ from tiny_models import TRAINING_TEXT, make_tiny
 
 from compactor.batch.manifest import Record
 from compactor.cli.app import load_command
+from compactor.config import METHODS
+from compactor.evaluate import records
+from compactor.evaluate.examples import METRICS
+from compactor.evaluate.question_files import read_question_file
+from compactor.evaluate.tasks import TASKS
 from compactor.families import SUPPORTED_FAMILIES
+from compactor.methods import method_module
 
 README = ROOT / "README.md"
-ARCHITECTURE, ALGORITHM, BATCH = (ROOT / f"docs/{name}.md" for name in ("architecture", "algorithm", "batch"))
+ARCHITECTURE, ALGORITHM, BATCH, EVALUATION = (
+    ROOT / f"docs/{name}.md" for name in ("architecture", "algorithm", "batch", "evaluation")
+)
 PAGES = sorted([README, *ROOT.glob("docs/*.md")])
-NAMING_PAGES = (ARCHITECTURE, ALGORITHM, BATCH)  # every dotted name in backticks is one of the code
+NAMING_PAGES = (ARCHITECTURE, ALGORITHM, BATCH, EVALUATION)  # every dotted name in backticks is one of the code
 OUR_COMMANDS = {"compact": "compact", "query": "query", "batch-compact": "batch", "compactor": ""}
 FILE_SUFFIXES = (".py", ".md", ".kv", ".toml", ".txt", ".jsonl", ".pdf", ".docx", ".html")
 
@@ -184,6 +192,37 @@ def test_the_readme_names_every_supported_family_and_no_other() -> None:
 def test_the_manifest_page_names_every_field_in_order() -> None:
     documented = [field.strip("`") for field, *_ in table(BATCH, "field")]
     assert documented == [field.name for field in fields(Record)]
+
+
+def test_the_readme_says_of_every_method_what_its_module_says() -> None:
+    shown = {name.strip("`"): sentence for name, sentence in table(README, "method")}
+    assert list(shown) == list(METHODS)
+    assert shown == {name: method_module(name).SUMMARY for name in METHODS}
+
+
+def test_the_evaluation_page_names_every_field_of_a_result_in_order() -> None:
+    documented = [name for cell, *_ in table(EVALUATION, "field") for name in re.findall(r"`(\w+)`", cell)]
+    assert documented == [field.name for field in fields(records.Record)]
+
+
+def test_the_evaluation_page_names_every_task_and_how_it_is_judged() -> None:
+    assert [task.strip("`") for task, *_ in table(EVALUATION, "task")] == list(TASKS)
+    for task, _, judged_by in table(EVALUATION, "task"):
+        document = TASKS[task.strip("`")].make(2500, 0, lambda text: len(text.split()))
+        assert {example.metric for example in document.examples} == set(re.findall(r"`([\w-]+)`", judged_by)), task
+
+
+def test_the_evaluation_page_names_every_metric() -> None:
+    assert {metric.strip("`") for metric, _ in table(EVALUATION, "metric")} == set(METRICS)
+
+
+def test_the_questions_of_the_evaluation_page_are_read(tmp_path: Path) -> None:
+    (block,) = blocks(EVALUATION, "jsonl")
+    (tmp_path / "mine.jsonl").write_text(block)
+    rent, repairs = read_question_file(str(tmp_path / "mine.jsonl"))
+    assert [example.metric for example in rent.examples] == ["exact", "exact"]
+    assert [example.metric for example in repairs.examples] == ["choice-likelihood", "choice"]
+    assert repairs.examples[0].answers == ("the tenant",)
 
 
 # ------------------------------------------------------------------------------- what they say of the code

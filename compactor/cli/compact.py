@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 SUFFIX = ".kv"
+CURVES_SUFFIX = ".curves"  # as in curves.py, which needs torch
 
 
 def compact_command(
@@ -136,6 +137,8 @@ def compact_command(
 
         if path is not None:
             check_output(path, force)
+            if keep_curves:
+                check_output(f"{path}{CURVES_SUFFIX}", force)
         text = read_document(document)
 
         from compactor import pipeline  # only now torch, which takes seconds to import

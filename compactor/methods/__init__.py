@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from compactor.solve.shrink import HeadCurve
     from compactor.study import Study
     from compactor.types import LayerCache
 
@@ -26,6 +27,7 @@ class Compacted:
     layers: list[LayerCache]  # on any device, keys and values in the storage type
     logical_length: int  # tokens that prefix and document occupy; new tokens start at this position
     report: dict[str, Any] = field(default_factory=dict)  # plain JSON values
+    curves: list[list[HeadCurve] | None] | None = None  # per layer, where --keep-curves asks
 
 
 Method = Callable[["Study", int], Compacted]

@@ -2,8 +2,8 @@
 
     G_c = A_c^T W A_c,   A_ij = exp(s q_i.k_j - lse_i) over the keys j of chunk c, all rows i, true denominators
 
-Matrices are accumulated over blocks of rows; the attention matrix is never held. On a GPU the products take float16
-inputs (A is below 1) and are summed in float32: the Gram matrix of a matrix within 2^-11 of A, entry by entry.
+Matrices are accumulated over blocks of rows; the attention matrix is never held. On an NVIDIA GPU the products take
+float16 inputs (A is below 1) and are summed in float32: the Gram matrix of a matrix within 2^-11 of A, entry by entry.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from compactor import attention
-from compactor.packed import Packed, PackedLayer, attend_blocks
+from compactor.attach import dense_heads
+from compactor.packed import ExactRows, Packed, PackedLayer, exact_rows
 from compactor.types import Advance, LayerCache
+
+LEAST_ROOT = 1e-6  # of the largest root weight: a row that weighs nothing adds this at most
 
 
 @dataclass
@@ -66,51 +69,45 @@ class GramLayer(PackedLayer):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Attend block by block; see `PackedLayer.attend_packed` for shapes."""
-        sums = None if self.begin is None else self.begin()
-        num_kv_heads, prefix, length = keys.shape[0], self.prefix_length, self.logical_length
-        gains = self.head_gains.to(queries.device).view(num_kv_heads, -1, 1)
-        roots = gains * self.packed.row_weights(self.source_weights, queries.device).sqrt()
-        out = torch.empty(*roots.shape, queries.shape[-1], device=queries.device)
-        for seen in attend_blocks(self, queries, keys, values, scaling):
-            rows = seen.block.rows
-            document = seen.probs[..., prefix:length]
-            part = attention.weigh_values(document, seen.values[:, prefix:length])
-            rest = attention.weigh_values(seen.probs[..., :prefix], seen.values[:, :prefix])
-            rest += attention.weigh_values(seen.probs[..., length:], seen.values[:, length:])
-            out[:, :, rows] = part + rest
-            if sums is not None:
-                add_rows(sums, document, part, out[:, :, rows], roots[:, :, rows])
+        num_kv_heads = keys.shape[0]
+        exact = exact_rows(self, queries, keys, values, scaling, self.prefix_length)
+        if self.begin is not None:
+            gains = self.head_gains.to(queries.device).view(num_kv_heads, -1, 1)
+            roots = gains * self.packed.row_weights(self.source_weights, queries.device).sqrt()
+            grouped = queries.reshape(num_kv_heads, -1, queries.shape[-1])  # (num_kv_heads, group * rows, head_dim)
+            document = dense_heads(self.full)[0][0, :, self.prefix_length :]
+            add_rows(self.begin(), grouped, document, scaling, exact, roots)
         if self.done is not None:
             self.done()
-        return out.view(queries.shape)
+        return exact.out.view(queries.shape)
 
 
 def add_rows(
-    sums: ChunkGrams, probs: torch.Tensor, part: torch.Tensor, whole: torch.Tensor, root_weights: torch.Tensor
+    sums: ChunkGrams,
+    queries: torch.Tensor,
+    document_keys: torch.Tensor,
+    scaling: float,
+    exact: ExactRows,
+    root_weights: torch.Tensor,
 ) -> None:
-    """Add rows: probs (num_kv_heads, group, rows, num_document), their output and the whole output."""
-    mass = probs.sum(-1)
-    weighted = root_weights.square() * mass
-    contrast = (part / mass.clamp_min(1e-12).unsqueeze(-1) - whole).square().sum(-1)
-    sums.contrast += (weighted * contrast).sum((1, 2))
+    """Add rows: queries (num_kv_heads, group * rows, head_dim), document_keys (num_kv_heads, num_document, head_dim),
+    root_weights (num_kv_heads, group, rows), the square roots of the row weights."""
+    weighted = root_weights.square() * (exact.document_lse - exact.lse).exp()
+    sums.contrast += (weighted * (exact.document - exact.out).square().sum(-1)).sum((1, 2))
     sums.mass += weighted.sum((1, 2))
     num_kv_heads, num_chunks, size, _ = sums.gram.shape
-    exact = probs.device.type != "cuda"
-    rows = probs.new_zeros(
-        num_kv_heads,
-        probs.shape[1] * probs.shape[2],
-        num_chunks * size,
-        dtype=torch.float32 if exact else torch.float16,
-    )
-    scale = 1.0 if exact else float(root_weights.max().clamp_min(1e-30))  # keeps float16 in range
-    rows[..., : probs.shape[-1]] = (probs * (root_weights / scale).unsqueeze(-1)).flatten(1, 2)
+    num_document = document_keys.shape[1]
+    keys = document_keys.new_zeros(num_kv_heads, num_chunks * size, document_keys.shape[-1])
+    keys[:, :num_document] = document_keys
+    scale = root_weights.amax().clamp_min(1e-30)  # keeps float16 in range
+    shift = ((root_weights / scale).clamp_min(LEAST_ROOT).log() - exact.lse).flatten(1)
     for head in range(num_kv_heads):
-        columns = rows[head].unflatten(-1, (num_chunks, size)).transpose(0, 1)  # (num_chunks, rows, size)
-        if exact:
-            sums.gram[head].baddbmm_(columns.mT, columns)
-        else:
-            product = torch.bmm(columns.mT, columns, out_dtype=torch.float32)
-            sums.gram[head].add_(product, alpha=scale * scale)
+        for start, stop in attention.row_blocks(queries.shape[1], keys.shape[1], 1, queries.device):
+            own, row_shift = queries[head : head + 1, start:stop], shift[head : head + 1, start:stop]
+            shares = attention.exponentials(own, keys[head : head + 1], scaling, row_shift)[0]
+            shares[:, num_document:] = 0.0
+            columns = shares.unflatten(-1, (num_chunks, size)).transpose(0, 1)  # (num_chunks, rows, size)
+            sums.gram[head] += attention.multiply(columns.mT, columns) * scale.square()
 
 
 def add_diagonal(sums: ChunkGrams, share: float, scores: torch.Tensor) -> None:

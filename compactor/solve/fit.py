@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from compactor import attention
 from compactor.attach import dense_heads
 from compactor.config import CompactSettings
-from compactor.packed import Packed, PackedLayer, attend_blocks
+from compactor.packed import Packed, PackedLayer, exact_rows
 from compactor.prefill import context_spans
 from compactor.solve.biases import solve_box_nnls
 from compactor.solve.gram import GramSum, energy_of
@@ -71,42 +71,49 @@ class HeadFit:
 
 @dataclass(frozen=True)
 class Rows:
-    """Reference rows of one KV head (or, with a leading dimension, of all) and their exact attention, float32."""
+    """Reference rows of one KV head (or, with a leading dimension, of all) and their exact attention."""
 
-    queries: torch.Tensor  # (group, num_rows, head_dim), multiplied by the scaling
-    root_weights: torch.Tensor  # (group, num_rows): square roots of the row weights
-    lse: torch.Tensor  # (group, num_rows): over prefix, document and local keys
-    rest_share: torch.Tensor  # (group, num_rows): attention on prefix and local keys
-    rest: torch.Tensor  # (group, num_rows, head_dim): their part of the output
-    out: torch.Tensor  # (group, num_rows, head_dim): the whole output
+    queries: torch.Tensor  # (group, num_rows, head_dim), the model's type
+    scaling: float
+    root_weights: torch.Tensor  # (group, num_rows) float32: square roots of the row weights
+    lse: torch.Tensor  # (group, num_rows) float32: over prefix, document and local keys
+    rest_share: torch.Tensor  # (group, num_rows) float32: attention on prefix and local keys
+    rest: torch.Tensor  # (group, num_rows, head_dim) float32: their part of the output
+    out: torch.Tensor  # (group, num_rows, head_dim) float32: the whole output
     held_out: torch.Tensor  # (num_rows,) bool: chooses the ridge instead of being fitted
     document_stop: torch.Tensor | None = None  # (num_rows,) int64: document keys that the row sees; None is all
 
     def head(self, index: int) -> Rows:
         """Return the rows of one KV head."""
-        return Rows(
-            self.queries[index],
-            self.root_weights[index],
-            self.lse[index],
-            self.rest_share[index],
-            self.rest[index],
-            self.out[index],
-            self.held_out,
-            self.document_stop,
-        )
+        own = {
+            name: getattr(self, name)[index] for name in ("queries", "root_weights", "lse", "rest_share", "rest", "out")
+        }
+        return replace(self, **own)
 
-    def blocks(self, num_columns: int) -> Iterator[slice]:
-        """Cut the rows such that ``num_columns`` scores a row stay within the device's block size."""
-        device, group = self.queries.device, self.queries.shape[0]
-        most = CPU_GRAM_ROWS if device.type == "cpu" else self.queries.shape[1]
+    def blocks(self, num_columns: int) -> Iterator[Rows]:
+        """Cut the rows such that ``num_columns`` scores a row stay within the device's block size; each block has its
+        group flattened into the rows: (1, group * rows, ...)."""
+        device, (group, num_rows, _) = self.queries.device, self.queries.shape
+        most = CPU_GRAM_ROWS if device.type == "cpu" else num_rows
         step = max(1, min(most, attention.block_elements(device) // (group * max(1, num_columns))))
-        for start in range(0, self.queries.shape[1], step):
-            yield slice(start, min(start + step, self.queries.shape[1]))
+        for start in range(0, num_rows, step):
+            rows = slice(start, min(start + step, num_rows))
+            yield Rows(
+                self.queries[:, rows].flatten(0, 1).unsqueeze(0),
+                self.scaling,
+                self.root_weights[:, rows].reshape(1, -1),
+                self.lse[:, rows].reshape(1, -1),
+                self.rest_share[:, rows].reshape(1, -1),
+                self.rest[:, rows].flatten(0, 1).unsqueeze(0),
+                self.out[:, rows].flatten(0, 1).unsqueeze(0),
+                self.held_out[rows].repeat(group),
+                None if self.document_stop is None else self.document_stop[rows].repeat(group),
+            )
 
 
 @dataclass(frozen=True)
 class HeadKeys:
-    """Document keys and values of one KV head, float32, and the keys as the file will hold them."""
+    """Document keys and values of one KV head, float32; the keys as the file will hold them."""
 
     values: torch.Tensor  # (num_document, head_dim)
     stored_keys: torch.Tensor  # (num_document, head_dim): rounded to the storage type
@@ -154,23 +161,12 @@ def segment_rows(
 ) -> Rows:
     """Return all packed rows with their exact attention, heads first; shapes as `PackedLayer.attend_packed`."""
     num_kv_heads, num_rows = keys.shape[0], queries.shape[1]
-    prefix, length = inputs.prefix_length, layer.logical_length
-    grouped = queries.view(num_kv_heads, -1, num_rows, queries.shape[-1])
+    exact = exact_rows(layer, queries, keys, values, scaling, inputs.prefix_length)
     gains = inputs.head_gains.to(queries.device).view(num_kv_heads, -1, 1)
     roots = gains * layer.packed.row_weights(inputs.source_weights, queries.device).sqrt()
-    rest = torch.empty(grouped.shape, device=queries.device)
-    out, lse = torch.empty_like(rest), torch.empty_like(roots)
-    rest_share = torch.empty_like(roots)
-    for seen in attend_blocks(layer, queries, keys, values, scaling):
-        own = seen.block.rows
-        before, after = seen.probs[..., :prefix], seen.probs[..., length:]
-        part = attention.weigh_values(before, seen.values[:, :prefix])
-        part += attention.weigh_values(after, seen.values[:, length:])
-        document = attention.weigh_values(seen.probs[..., prefix:length], seen.values[:, prefix:length])
-        rest[:, :, own], out[:, :, own], lse[:, :, own] = part, part + document, seen.lse
-        rest_share[:, :, own] = before.sum(-1) + after.sum(-1)
+    grouped = queries.view(num_kv_heads, -1, num_rows, queries.shape[-1])
     held_out = held_out_rows(num_rows, queries.device)
-    return Rows(grouped.float() * scaling, roots, lse, rest_share, rest, out, held_out)
+    return Rows(grouped, scaling, roots, exact.lse, exact.rest_share, exact.rest, exact.out, held_out)
 
 
 def context_rows(full: LayerCache, inputs: FitInputs, queries: torch.Tensor, scaling: float) -> Rows:
@@ -198,15 +194,15 @@ def context_rows(full: LayerCache, inputs: FitInputs, queries: torch.Tensor, sca
         rest += attention.weigh_values(probs[..., prefix + past :], values[:, prefix + past : seen])
         document = attention.weigh_values(probs[..., prefix : prefix + past], values[:, prefix : prefix + past])
         share = probs[..., :prefix].sum(-1) + probs[..., prefix + past :].sum(-1)
-        parts.append((rows.view(*rest.shape), lse, share, rest, rest + document))
+        parts.append((grouped[:, :, start:stop].to(device), lse, share, rest, rest + document))
     if not parts:
         shape = (num_kv_heads, grouped.shape[1], 0)
         none = torch.zeros(*shape, queries.shape[-1], device=device)
         parts.append((none, torch.zeros(shape, device=device), torch.zeros(shape, device=device), none, none))
-    scaled, lse, share, rest, out = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    own, lse, share, rest, out = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     weight = inputs.source_weights["context"] ** 0.5
     roots = (inputs.head_gains.to(device).view(num_kv_heads, -1, 1) * weight).expand(lse.shape)
-    return Rows(scaled, roots, lse, share, rest, out, held_out_rows(lse.shape[2], device), stops[first_row:])
+    return Rows(own, scaling, roots, lse, share, rest, out, held_out_rows(lse.shape[2], device), stops[first_row:])
 
 
 def held_out_rows(count: int, device: torch.device) -> torch.Tensor:
@@ -219,7 +215,7 @@ def fit_head(keys: HeadKeys, parts: list[Rows], order: torch.Tensor, count: int,
     """Choose, bias and refit ``count`` document keys of one KV head; ``order`` ranks all of them, best first."""
     num_document = keys.values.shape[0]
     device = keys.values.device
-    if count >= num_document:
+    if count >= num_document and not settings.keep_curves:
         everything = torch.arange(num_document, device=device)
         zero = torch.zeros(num_document, device=device)
         return HeadFit(everything, zero, keys.values, 0.0, True, 0.0, 0.0, 0.0)
@@ -229,10 +225,9 @@ def fit_head(keys: HeadKeys, parts: list[Rows], order: torch.Tensor, count: int,
     energy = 0.0
     for rows in parts:
         for block in rows.blocks(reserve):
-            shares = kept_attention(rows, block, keys.stored_keys[candidates], candidates).exp_()
-            roots = rows.root_weights[:, block].unsqueeze(-1)
-            mass = 1.0 - rows.rest_share[:, block].unsqueeze(-1)
-            sums.add((shares * roots).flatten(0, 1), (mass * roots).flatten(0, 1))
+            roots = block.root_weights.unsqueeze(-1)
+            shares = kept_attention(block, keys.stored_keys[candidates], candidates)
+            sums.add((shares * roots.to(shares.dtype))[0], ((1.0 - block.rest_share.unsqueeze(-1)) * roots)[0])
         energy += energy_of(rows.out * rows.root_weights.unsqueeze(-1))
     chosen, scale, converged = choose_biases(sums.gram, sums.rhs[:, 0], count, settings)
     by_position = candidates[chosen.to(device)].sort()
@@ -286,12 +281,12 @@ def fit_head_values(
     kept_keys, kept_values = keys.stored_keys[kept], keys.values[kept]
     for rows in parts:
         for block in rows.blocks(len(kept)):
-            shares, faded = fitted_attention(rows, block, kept_keys, biases, kept)
-            missing = rows.out[:, block] - faded.unsqueeze(-1) * rows.rest[:, block] - shares @ kept_values
-            roots = rows.root_weights[:, block].unsqueeze(-1)
-            shares, missing, aside = shares.mul_(roots), missing.mul_(roots), rows.held_out[block]
+            shares, faded = fitted_attention(block, kept_keys, biases, kept)
+            missing = block.out - faded.unsqueeze(-1) * block.rest - attention.multiply(shares, kept_values[None])
+            roots, aside = block.root_weights.unsqueeze(-1), block.held_out
+            shares, missing = (shares * roots.to(shares.dtype))[0], (missing * roots)[0]
             for sums, member in ((train, ~aside), (held_out, aside)):
-                sums.add(shares[:, member].flatten(0, 1), missing[:, member].flatten(0, 1))
+                sums.add(shares[member], missing[member])
     return fit_values(
         RidgeStats(train.gram, train.rhs, train.energy),
         RidgeStats(held_out.gram, held_out.rhs, held_out.energy),
@@ -300,34 +295,40 @@ def fit_head_values(
 
 
 def fitted_attention(
-    rows: Rows, block: slice, kept_keys: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
+    rows: Rows, kept_keys: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention to the kept keys under the compacted normaliser, (group, rows, num_kept), and what is left of the
     attention to prefix and local keys, exp(lse - lse'), (group, rows)."""
-    scores = kept_attention(rows, block, kept_keys, kept).add_(biases)  # relative to lse
-    shift = torch.logaddexp(scores.logsumexp(-1), rows.rest_share[:, block].log())  # lse' - lse
-    return scores.sub_(shift.unsqueeze(-1)).exp_(), (-shift).exp()
+    weights = kept_attention(rows, kept_keys, kept, biases)
+    faded = 1.0 / (rows.rest_share + weights.sum(-1, dtype=torch.float32))
+    return weights.mul_(faded.unsqueeze(-1).to(weights.dtype)), faded
 
 
 def fitted_output(rows: Rows, kept_keys: torch.Tensor, kept_values: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
     """Return attention of rows that see the whole document over the compacted head: (group, num_rows, head_dim)."""
-    out = torch.empty_like(rows.out)
     everything = torch.zeros(len(biases), dtype=torch.int64, device=biases.device)
+    parts = []
     for block in rows.blocks(len(biases)):
-        shares, faded = fitted_attention(rows, block, kept_keys, biases, everything)
-        out[:, block] = shares @ kept_values + faded.unsqueeze(-1) * rows.rest[:, block]
-    return out
+        shares, faded = fitted_attention(block, kept_keys, biases, everything)
+        part = attention.multiply(shares, kept_values[None]) + faded.unsqueeze(-1) * block.rest
+        parts.append(part.view(rows.out.shape[0], -1, rows.out.shape[-1]))
+    return torch.cat(parts, dim=1)
 
 
-def kept_attention(rows: Rows, block: slice, stored_keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logarithm of the attention of a block of rows to some document keys under the full normaliser.
+def kept_attention(
+    rows: Rows, stored_keys: torch.Tensor, positions: torch.Tensor, biases: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of a block of rows to some document keys under the full normaliser, times exp(bias).
 
-    stored_keys: (num_keys, head_dim); positions: (num_keys,) int64. Returns (group, rows, num_keys) float32.
+    stored_keys: (num_keys, head_dim); positions: (num_keys,) int64; biases: (num_keys,) float32. Returns
+    (group, rows, num_keys), float16 where `attention.is_fast`, else float32.
     """
-    scores = rows.queries[:, block] @ stored_keys.T
+    keys = stored_keys.unsqueeze(0).expand(len(rows.queries), -1, -1)
+    key_shift = None if biases is None else biases.unsqueeze(0).expand(len(rows.queries), -1)
+    shares = attention.exponentials(rows.queries, keys, rows.scaling, -rows.lse, key_shift)
     if rows.document_stop is not None:
-        scores.masked_fill_(positions >= rows.document_stop[block].unsqueeze(-1), -math.inf)
-    return scores.sub_(rows.lse[:, block].unsqueeze(-1))
+        shares.masked_fill_(positions >= rows.document_stop.unsqueeze(-1), 0.0)
+    return shares
 
 
 def solve_device(device: torch.device) -> torch.device:

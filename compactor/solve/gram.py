@@ -1,8 +1,6 @@
 """Knows how Gram matrices are accumulated: products of blocks of rows, summed in float64.
 
-On an NVIDIA GPU the rows are rounded to float16 first (relative to the block's largest entry) and multiplied on the
-matrix units with float32 sums; both sums are those of the rounded rows, within 2^-11 of the given ones. Elsewhere the
-products are float32.
+Rows in float16 (attention on an NVIDIA GPU) are multiplied on the matrix units with float32 sums. Others are float32.
 
 There, neighbouring rows look at the same few keys, so a block drops the columns that carry almost none of its energy. With
 `DROPPED_ENERGY` e, each block X is replaced by X' with ||X - X'||_F <= sqrt(e) ||X||_F: in both sums alike, so that
@@ -32,21 +30,19 @@ class GramSum:
         return float(self._energy)
 
     def add(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add a block: rows (n, num_columns) and targets (n, num_targets), float32, already scaled by sqrt(weight)."""
+        """Add a block: rows (n, num_columns) and targets (n, num_targets), already scaled by
+        sqrt(weight); targets are float32, rows float32 or, on an NVIDIA GPU, float16."""
         if not rows.shape[0]:
             return
         self._energy += as_sum(targets.square().sum(dtype=sum_dtype(targets)), self._energy)
-        if rows.is_cuda:
+        if rows.dtype == torch.float16:
             self._add_half(rows, targets)
         else:
             self._add_active(rows, targets)
 
     def _add_half(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
-        scale = rows.amax().clamp_min(1e-30)
-        halves = (rows / scale).to(torch.float16)
-        product = torch.mm(halves.T, halves, out_dtype=torch.float32)
-        self.gram.add_(product * scale.square())
-        self.rhs += (halves.float() * scale).T @ targets
+        self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        self.rhs += rows.float().T @ targets
 
     def _add_active(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
         active = active_columns(rows)
