@@ -28,6 +28,7 @@ TAG = "compactor_layer"  # attribute of the key tensor through which a cache lay
 GPU_BLOCK_FRACTION = 1 / 80  # of a GPU's memory that one block of float32 scores takes
 CPU_BLOCK_ELEMENTS = 1 << 21  # score elements held at once on a CPU: 8 MiB, so that a block stays in the cache
 MPS_BLOCK_ELEMENTS = 1 << 24
+LARGEST_HALF = 6e4  # float16 ends at 65,504
 
 
 class AttendingLayer(Protocol):
@@ -179,9 +180,7 @@ def dense_attention(
     PyTorch's own fused kernel (FlashAttention-2), whose output is rounded to the input's type; elsewhere float32.
     """
     if is_fast(query):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse = flash(query[None], keys[None], values[None], 0.0, False, False, scale=scaling)[:2]
-        return out[0].float(), lse[0, :, : query.shape[1]]
+        return fused_attention(query, keys, values, scaling, causal=False)
     num_kv_heads, num_rows, _ = query.shape
     out = torch.empty(query.shape, device=query.device)
     lse = torch.empty(query.shape[:-1], device=query.device)
@@ -191,16 +190,6 @@ def dense_attention(
         lse[:, start:stop] = scores.logsumexp(-1)
         out[:, start:stop] = torch.bmm(scores.sub_(lse[:, start:stop].unsqueeze(-1)).exp_(), values)
     return out, lse
-
-
-def causal_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend causally within one sequence through PyTorch's fused kernel: query, keys and values (num_heads, rows,
-    head_dim), where `is_fast`. Returns float32 out (query's shape) and lse (num_heads, rows)."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    out, lse = flash(query[None], keys[None], values[None], 0.0, True, False, scale=scaling)[:2]
-    return out[0].float(), lse[0, :, : query.shape[1]]
 
 
 def is_fast(query: torch.Tensor) -> bool:
@@ -219,35 +208,42 @@ def exponentials(
     """Return exp(s q_i.k_j + row_shift_i + key_shift_j), (n, rows, kv_len), for query (n, rows, head_dim), keys
     (n, kv_len, head_dim), row_shift (n, rows) and key_shift (n, kv_len) float32.
 
-    With row_shift = -lse this is attention. Where `is_fast` the result is float16: queries and keys are rounded to
-    float16, the shifts ride along as two more columns each (a high and a low part), sums are float32.
+    With row_shift = -lse this is attention. Where `is_fast` the result is float16, at most `LARGEST_HALF`: queries and keys
+    are multiplied as they are (scores of some models are in the thousands: rounding them again would ruin the
+    exponential), sums and shifts are float32.
     """
+    if is_fast(query):
+        scores = half_product(query, keys.to(query.dtype).mT)
+    else:
+        scores = torch.bmm(query.float(), keys.float().mT)
+    scores = torch.add(row_shift.unsqueeze(-1), scores, alpha=scaling, out=scores)
+    if key_shift is not None:
+        scores += key_shift.unsqueeze(1)
     if not is_fast(query):
-        shift = row_shift.unsqueeze(-1) if key_shift is None else row_shift.unsqueeze(-1) + key_shift.unsqueeze(1)
-        return torch.baddbmm(shift, query.float() * scaling, keys.float().mT).exp_()
-    rows = with_columns((query.float() * scaling).half(), row_shift, ones_first=False)
-    columns = with_columns(
-        keys.half(), torch.zeros_like(keys[..., 0]) if key_shift is None else key_shift, ones_first=True
-    )
-    scores = torch.bmm(rows, columns.mT, out_dtype=torch.float32)
+        return scores.exp_()
+    scores.clamp_(max=math.log(LARGEST_HALF))
     return torch.exp(scores, out=torch.empty(scores.shape, dtype=torch.float16, device=scores.device))
 
 
-def with_columns(vectors: torch.Tensor, shift: torch.Tensor, *, ones_first: bool) -> torch.Tensor:
-    """Append eight columns to float16 vectors (n, rows, head_dim), such that the product of two such matrices, one with
-    ``ones_first``, adds both shifts (n, rows) to every entry."""
-    shift = shift.float().clamp(-6e4, 6e4)
-    high = shift.half()
-    low = (shift - high.float()).half()
-    one, zero = torch.ones_like(high), torch.zeros_like(high)
-    columns = [one, one, high, low] if ones_first else [high, low, one, one]
-    return torch.cat([vectors, torch.stack([*columns, zero, zero, zero, zero], dim=-1)], dim=-1)
+def half_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the batched product of two half-precision tensors on the matrix units, summed and returned in float32."""
+    return torch.bmm(left, right, out_dtype=torch.float32)
+
+
+def fused_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, *, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's FlashAttention-2: query, keys and values (num_heads, rows, head_dim) of half precision. Returns float32
+    out and lse (num_heads, rows)."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    out, lse = flash(query[None], keys[None], values[None], 0.0, causal, False, scale=scaling)[:2]
+    return out[0].float(), lse[0, :, : query.shape[1]]
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return the batched product (n, a, b) x (n, b, c) in float32; float16 inputs are multiplied on the matrix units."""
     if left.dtype == torch.float16:
-        return torch.bmm(left, right.half(), out_dtype=torch.float32)
+        return half_product(left, right.half())
     return torch.bmm(left, right.float())
 
 

@@ -84,6 +84,8 @@ class CompactSettings:
             raise SettingsError("--require-kl needs the certificate; leave out --no-certify.")
         if self.grow and self.require_kl is None:
             raise SettingsError("--grow raises the budget until --require-kl holds; give --require-kl too.")
+        if self.grow and self.max_error is not None:
+            raise SettingsError("--max-error finds the size itself; leave out --grow, or give --keep-ratio instead.")
         object.__setattr__(
             self, "queries", _query_sources(self.queries or METHOD_QUERIES.get(self.method, QUERY_SOURCES))
         )

@@ -1,21 +1,30 @@
 """Knows what a compaction will cost before it runs: arithmetic counted, rates measured on this machine.
 
-An estimate, not a promise: it counts matrix products and the reads of self-study, and assumes `EFFICIENCY` of the
-measured matrix rate.
+An estimate, not a promise: it counts matrix products and the reads of generation, and assumes `EFFICIENCY` of the
+measured matrix rate. Its phases have the names that the report of the run gives to its seconds. What nobody can know
+is left out: the sizes that --grow will try, and the size that --max-error will find. For the latter the bytes are those
+of keeping every key, and the search is counted as fits of the default size.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from compactor import certificate
 from compactor.attention import block_elements
+from compactor.config import DEFAULT_KEEP_RATIO, OUR_METHODS
 from compactor.job import fixed_bytes, full_bytes, keeps_everything, num_compacted, prepare, target_total
+from compactor.methods import best, fast, kvzip
+from compactor.methods.ours import ERROR_ROUNDS
+from compactor.prefill import CONTEXT_SPAN
 from compactor.self_study import make_plan
 from compactor.solve.budget import key_bytes
+from compactor.study import GRAM_BYTES, GRAM_ROWS, GREEDY_CHUNK
 
 if TYPE_CHECKING:
     from compactor.config import CompactSettings
@@ -26,6 +35,10 @@ if TYPE_CHECKING:
 EFFICIENCY = 0.5  # of the rate of one large matrix product, over whole phases
 STEP_SECONDS_PER_LAYER = 4e-3  # of generation, beside the reads: 2.7 ms measured on an H100, 6 ms on two CPU cores
 SPREAD = 1.6  # mean of the squared count per head over the squared mean: budgets differ between heads
+RESERVE = 1.125  # candidates of a head's fit, over the keys that it keeps
+GREEDY_COPIES = 4  # of a layer's Gram matrices while their keys are ordered: two of them, the factor, what is copied
+QUESTION_LENGTH = 24  # tokens of a held-out question
+SORT_RATE = 5e6  # keys that the budget ranks in a second
 PROBE_SIZE = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 
 
@@ -44,51 +57,180 @@ class Estimate:
 def estimate(document: Document, loaded: LoadedModel, settings: CompactSettings) -> Estimate:
     """Return expected bytes and seconds. Raises what `job.prepare` raises; runs no layer of the model."""
     job = prepare(document, loaded, settings)
-    num_document = len(job.document_ids)
     kept_bytes = target_total(job) * key_bytes(loaded.head_dim, job.storage_dtype.itemsize)
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     cache = full_bytes(job) * loaded.dtype.itemsize // job.storage_dtype.itemsize
     seconds = phase_seconds(job, weights)
-    longest_gram = min(num_document, round(4 * target_total(job) / (num_compacted(loaded) * loaded.num_kv_heads)))
-    workspace = (
-        3 * 4 * block_elements(loaded.device)
-        + 3 * 8 * longest_gram**2
-        + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
-    )
     return Estimate(
-        document_tokens=num_document,
+        document_tokens=len(job.document_ids),
         full_bytes=full_bytes(job),
         tensor_bytes=fixed_bytes(job) + kept_bytes,
-        peak_bytes=weights + cache + workspace,
+        peak_bytes=weights + cache + workspace_bytes(job),
         total_seconds=round(sum(seconds.values()), 1),
         seconds={phase: round(value, 1) for phase, value in seconds.items()},
     )
 
 
 def phase_seconds(job: Job, weights: int) -> dict[str, float]:
-    """Return expected seconds of each phase."""
-    loaded, settings, num_document = job.loaded, job.settings, len(job.document_ids)
-    rate, bandwidth = EFFICIENCY * matrix_rate(loaded.device, loaded.dtype), copy_rate(loaded.device)
-    parameters = sum(p.numel() for name, p in loaded.model.named_parameters() if "embed" not in name)
-    layers, width = num_compacted(loaded), loaded.num_heads * loaded.head_dim
-    length = len(job.prompt.prefix_ids) + num_document
-    context = "context" in settings.queries
-    seconds = {"prefill": (2 * parameters * length + 2 * layers * width * length**2 * (2 if context else 1)) / rate}
-    if keeps_everything(job):
-        return seconds
-    segment_rows = num_document if "repeat" in settings.queries else 0
-    if "self-study" in settings.queries:
-        segment_rows += job.self_study_tokens
-        steps = make_plan(num_document, job.self_study_tokens).answer_tokens
-        reads = (weights + full_bytes(job)) / bandwidth
-        seconds["ask"] = steps * (reads + STEP_SECONDS_PER_LAYER * loaded.num_layers)
-    attend = 4 * layers * width * length
-    seconds["score"] = segment_rows * (2 * parameters + attend) / rate
-    rows = segment_rows + (num_document if context and "repeat" not in settings.queries else 0)
-    kept = target_total(job) / (layers * loaded.num_kv_heads)
-    gram = 2 * layers * loaded.num_heads * rows * kept**2 * SPREAD
-    seconds["fit"] = (segment_rows * 2 * parameters + 2 * rows * attend + gram) / rate
+    """Return expected seconds of each phase, in the order of the run; ``weights``: bytes of the model's parameters."""
+    work = Work(job, weights)
+    seconds = {"prefill": work.prefill()}
+    if not keeps_everything(job):
+        seconds |= work.method()
+    if job.settings.certify:
+        seconds["certify"] = work.certify()
     return seconds
+
+
+def workspace_bytes(job: Job) -> int:
+    """Return the bytes that the largest step holds beside weights and full cache."""
+    loaded, num_document = job.loaded, len(job.document_ids)
+    blocks = 3 * 4 * block_elements(loaded.device) + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
+    if keeps_everything(job) or job.settings.method not in OUR_METHODS:
+        return blocks
+    per_row = 6 * 4 * loaded.num_heads * loaded.head_dim  # queries, and what attention gives them, of one layer
+    rows = reference_rows(job)
+    longest = min(num_document, round(4 * kept_per_head(job)))
+    fit = rows * per_row + 3 * 8 * longest**2
+    if job.settings.method == "fast":
+        return blocks + fit
+    gram = 4 * loaded.num_kv_heads * num_document * min(GREEDY_CHUNK, num_document)
+    held = max(GREEDY_COPIES * gram, min(GRAM_BYTES, GREEDY_COPIES * num_compacted(loaded) * gram))
+    return blocks + max(fit, min(rows, GRAM_ROWS) * per_row + held)
+
+
+def reference_rows(job: Job) -> int:
+    """Return how many tokens the reference segments of one of our methods have, instructions left out."""
+    settings, num_document = job.settings, len(job.document_ids)
+    if settings.method == "fast":
+        pieces = -(-num_document // fast.PIECE)
+        step = max(1, min(fast.EVERY, pieces // fast.LEAST_PIECES))
+        return min(num_document, -(-(pieces - step // 2) // step) * fast.PIECE)
+    rows = num_document if "repeat" in settings.queries else 0
+    return rows + (self_study_tokens(job) if "self-study" in settings.queries else 0)
+
+
+def self_study_tokens(job: Job) -> int:
+    """Return the answer tokens of self-study that the method asks for."""
+    return job.self_study_tokens * (best.SELF_STUDY_FACTOR if job.settings.method == "best" else 1)
+
+
+def kept_per_head(job: Job) -> float:
+    """Return the average number of document keys of a head; for --max-error, which finds it, the default size's."""
+    if job.settings.max_error is not None:
+        return DEFAULT_KEEP_RATIO * len(job.document_ids)
+    return target_total(job) / (num_compacted(job.loaded) * job.loaded.num_kv_heads)
+
+
+@dataclass
+class Work:
+    """Counts the arithmetic of each phase of a job and divides it by measured rates; all results in seconds."""
+
+    job: Job
+    weights: int  # bytes of the model's parameters
+
+    @cached_property
+    def rate(self) -> float:
+        """Floating-point operations per second over whole phases."""
+        return EFFICIENCY * matrix_rate(self.job.loaded.device, self.job.loaded.dtype)
+
+    @cached_property
+    def step_seconds(self) -> float:
+        """Seconds of one step of generation: weights and full cache are read, every layer is started."""
+        reads = (self.weights + full_bytes(self.job)) / copy_rate(self.job.loaded.device)
+        return reads + STEP_SECONDS_PER_LAYER * self.job.loaded.num_layers
+
+    @cached_property
+    def per_token(self) -> int:
+        """Operations of a token in all products with weights but the last."""
+        return 2 * sum(p.numel() for name, p in self.job.loaded.model.named_parameters() if "embed" not in name)
+
+    @cached_property
+    def attend(self) -> int:
+        """Operations of one token's attention to the whole document, all layers that compact it."""
+        loaded = self.job.loaded
+        length = len(self.job.prompt.prefix_ids) + len(self.job.document_ids)
+        return 4 * num_compacted(loaded) * loaded.num_heads * loaded.head_dim * length
+
+    def prefill(self) -> float:
+        """Causal: half the attention; the document's own queries score the keys once more where they are wanted."""
+        settings, num_document = self.job.settings, len(self.job.document_ids)
+        scored = settings.method in OUR_METHODS and "context" in settings.queries and not keeps_everything(self.job)
+        length = len(self.job.prompt.prefix_ids) + num_document
+        return length * (self.per_token + self.attend * (2 if scored else 1) / 2) / self.rate
+
+    def method(self) -> dict[str, float]:
+        """Return the phases of the method of the settings."""
+        method, num_document = self.job.settings.method, len(self.job.document_ids)
+        if method == "fast":
+            return {"select": 0.0, **self.solve(reference_rows(self.job), 0)}
+        if method in OUR_METHODS:
+            rows, context = reference_rows(self.job), self.context_rows()
+            return {"ask": self.ask(), "select": self.select(rows), **self.solve(rows, context)}
+        if method.startswith("attention-matching"):
+            return {"ask": self.ask(), "fit": self.fit(reference_rows(self.job) or num_document, 0)}
+        if method == "kvzip":
+            return {
+                "repeat": num_document * (self.per_token + self.attend * (1 + kvzip.PIECE / num_document)) / self.rate
+            }
+        if method in ("snapkv", "h2o"):
+            return {"observe": num_document * (self.per_token + self.attend) / self.rate}
+        if method == "summary":
+            words = round(kept_per_head(self.job))
+            return {"summarise": words * (self.step_seconds + 2 * self.per_token / self.rate)}
+        return {}
+
+    def context_rows(self) -> int:
+        """Return how many of the document's own rows are fitted: none beside the repeat pass."""
+        queries, num_document = self.job.settings.queries, len(self.job.document_ids)
+        return max(0, num_document - CONTEXT_SPAN) if "context" in queries and "repeat" not in queries else 0
+
+    def ask(self) -> float:
+        """Self-study: steps of a batch, and what every answer token costs in arithmetic."""
+        if "self-study" not in self.job.settings.queries:
+            return 0.0
+        tokens = self_study_tokens(self.job)
+        steps = make_plan(len(self.job.document_ids), tokens).answer_tokens
+        return steps * self.step_seconds + tokens * self.per_token / self.rate
+
+    def select(self, rows: int) -> float:
+        """One pass of exact attention, the scores once more, a Gram matrix of every chunk, and the greedy search."""
+        loaded, num_document = self.job.loaded, len(self.job.document_ids)
+        chunk = min(GREEDY_CHUNK, num_document)
+        grams = 2 * num_compacted(loaded) * loaded.num_heads * num_document * chunk * rows
+        search = num_compacted(loaded) * loaded.num_kv_heads * num_document * chunk * (chunk + 2 * loaded.head_dim)
+        return (rows * (self.per_token + 1.5 * self.attend) + grams + search) / self.rate
+
+    def solve(self, rows: int, context_rows: int) -> dict[str, float]:
+        """Return budget and fit; with --max-error as often as its search may repeat them."""
+        loaded = self.job.loaded
+        keys = num_compacted(loaded) * loaded.num_kv_heads * len(self.job.document_ids)
+        times = 1 if self.job.settings.max_error is None else ERROR_ROUNDS
+        return {"budget": times * keys / SORT_RATE, "fit": times * self.fit(rows, context_rows)}
+
+    def fit(self, rows: int, context_rows: int) -> float:
+        """One pass; per row exact attention, attention to the kept keys, and two Gram matrices of them."""
+        loaded, kept = self.job.loaded, kept_per_head(self.job)
+        every_row = rows + context_rows
+        gram = 2 * num_compacted(loaded) * loaded.num_heads * SPREAD * kept**2 * (1 + RESERVE**2)
+        to_kept = 3 * self.attend * kept / len(self.job.document_ids)
+        return (rows * self.per_token + every_row * (self.attend + to_kept + gram)) / self.rate
+
+    def certify(self) -> float:
+        """Two batches of generation, and the passes over the answers: full and compacted together, compacted, none."""
+        loaded, num_document = self.job.loaded, len(self.job.document_ids)
+        asked = min(
+            certificate.MOST_SECTIONS, max(certificate.LEAST_SECTIONS, num_document // certificate.SECTION_TOKENS)
+        )
+        questions = asked + len(certificate.FIXED_QUESTIONS)
+        steps = certificate.QUESTION_TOKENS + certificate.ANSWER_TOKENS
+        answer_tokens = questions * certificate.ANSWER_TOKENS
+        tokens = questions * (QUESTION_LENGTH + certificate.ANSWER_TOKENS)
+        head = loaded.model.get_output_embeddings()
+        predictions = 4 * answer_tokens * 2 * head.weight.numel()
+        generated = (asked * certificate.QUESTION_TOKENS + answer_tokens) * (self.per_token + self.attend)
+        passes = tokens * (3 * self.per_token + 2 * self.attend)
+        return float(steps * self.step_seconds + (generated + passes + predictions) / self.rate)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -105,10 +247,10 @@ def copy_rate(device: torch.device) -> float:
 
 
 def _seconds(run: object, device: torch.device) -> float:
-    best = float("inf")
+    best_s = float("inf")
     for _ in range(3):
         started = time.perf_counter()
         result = run()  # type: ignore[operator]
         float(result.flatten()[0])  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return best
+        best_s = min(best_s, time.perf_counter() - started)
+    return best_s

@@ -17,8 +17,8 @@ from compactor.errors import FidelityError
 from compactor.job import Job, full_bytes, num_compacted, prepare, target_total
 from compactor.methods import Compacted, get_method
 from compactor.output import AnyPath
-from compactor.prefill import CONTEXT_SPAN, Prefilled
-from compactor.study import GREEDY_CHUNK, Study, prefill_document, to_host
+from compactor.prefill import Prefilled
+from compactor.study import GREEDY_CHUNK, Study, prefill_document, reference_rows, to_host
 from compactor.types import CacheMetadata, LayerCache, Reporter
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ def compact_faithfully(study: Study, num_kept: int, require_kl: float) -> Compac
         tried.append({"kept_keys": cache.metadata.report["kept_keys"], "kl_mean": kl})
         if kl <= require_kl:
             return with_tried(cache, tried) if job.settings.grow else cache
-        job.reporter.note(f"KL {kl:.3g} nats per token with {size:,} keys, above --require-kl {require_kl:g}.")
-    raise too_far(job, kl, require_kl, everything=size >= every_key(job))
+        kept = tried[-1]["kept_keys"]
+        job.reporter.note(f"KL {kl:.3g} nats per token with {kept:,} keys, above --require-kl {require_kl:g}.")
+    raise too_far(job, kl, require_kl, everything=kept >= every_key(job))
 
 
 def sizes_to_try(job: Job, num_kept: int) -> Iterator[int]:
@@ -84,6 +85,8 @@ def held_out_kl(job: Job, cache: CompactedCache) -> float:
 def too_far(job: Job, kl: float, require_kl: float, *, everything: bool) -> FidelityError:
     """Return the error of a cache whose held-out KL is above what is required."""
     remedy = "keep more (--keep-ratio, --target-tokens, --max-bytes) or give --grow"
+    if job.settings.max_error is not None:
+        remedy = "lower --max-error"
     if everything:
         remedy = "every key is kept already, so raise --require-kl or take --cache-dtype float32"
     return FidelityError(
@@ -153,16 +156,13 @@ def report(study: Study, layers: list[LayerCache]) -> dict[str, Any]:
     compacted = [layer for layer in layers if layer.sliding_window is None]
     document_keys = len(compacted) * job.loaded.num_kv_heads * len(job.document_ids)
     kept = sum(sum(layer.head_lengths) - full.prefix_length * layer.num_kv_heads for layer in compacted)
-    rows: dict[str, int] = {"context": max(0, len(job.document_ids) - CONTEXT_SPAN)} if full.context_scores else {}
-    for segment in study.__dict__.get("segments", []):  # asked by no method, they were never made
-        rows[segment.source] = rows.get(segment.source, 0) + len(segment.token_ids)
     return {
         "document_keys": document_keys,
         "kept_keys": kept,
         "kept_ratio": kept / document_keys,
         "full_bytes": full_bytes(job),
         "tensor_bytes": sum(layer.nbytes for layer in layers),
-        "reference_rows": rows,
+        "reference_rows": reference_rows(study, study.__dict__.get("segments", [])),  # made if a method asked
     }
 
 

@@ -145,7 +145,7 @@ class GrowingLayer(CacheLayerMixin):
         num_kv_heads, first = keys.shape[0], keys.shape[1] - q_len
         group = num_heads // num_kv_heads
         own_keys, own_values = (part[:, first:].repeat_interleave(group, dim=0) for part in (keys, values))
-        out, lse = attention.causal_attention(queries, own_keys, own_values, scaling)
+        out, lse = attention.fused_attention(queries, own_keys, own_values, scaling, causal=True)
         if first:
             rows = queries.reshape(num_kv_heads, -1, head_dim)
             past, past_lse = attention.dense_attention(rows, keys[:, :first], values[:, :first], scaling)

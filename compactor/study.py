@@ -28,6 +28,8 @@ GRAM_ROWS = (
     1 << 16
 )  # packed rows of one pass; up to here a layer's Gram matrices are gone before the next layer's begin
 GRAM_BYTES = 4 << 30  # of Gram matrices held at once where one pass is not enough
+DEEP_TOKENS = 16384  # documents up to here are ordered greedily to the last key
+DEPTH, LEAST_PICKS = 6, 32  # in longer ones: so many times the average count of a chunk, and some more
 GREEDY_CHUNK = 512  # document keys of one greedy problem at most
 OWN_SHARE = 1.0  # of its own energy that a key counts as unlike any other: 0 is plain greedy, infinity single scores
 CONTEXT_SHARE = 0.5  # of the weight of context rows in the Gram diagonals
@@ -138,6 +140,14 @@ def ask(job: Job, full: Prefilled, self_study_tokens: int | None = None) -> list
     return segments
 
 
+def reference_rows(study: Study, segments: Sequence[Segment]) -> dict[str, int]:
+    """Return how many query rows each source gave: the document's own, and those of ``segments``."""
+    rows = {"context": max(0, len(study.job.document_ids) - CONTEXT_SPAN)} if study.full.context_scores else {}
+    for segment in segments:
+        rows[segment.source] = rows.get(segment.source, 0) + len(segment.token_ids)
+    return rows
+
+
 def source_weights(job: Job, segments: Sequence[Segment]) -> dict[str, float]:
     """Return the weight of a row of each source: every source weighs as much as one row per document token."""
     rows = {"context": max(1, len(job.document_ids) - CONTEXT_SPAN)}
@@ -146,10 +156,10 @@ def source_weights(job: Job, segments: Sequence[Segment]) -> dict[str, float]:
     return {source: len(job.document_ids) / count for source, count in rows.items()}
 
 
-def choose_keys(study: Study, segments: list[Segment], weights: dict[str, float]) -> Selection:
+def choose_keys(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:
     """Order all keys: greedily where reference segments follow the document, else by the document's own queries."""
     if segments:
-        return greedy_selection(study, segments, weights)
+        return greedy_selection(study, segments, weights, picks_per_chunk(study, num_kept))
     if study.full.context_scores:
         return context_selection(study)
     num_document, num_kv_heads = len(study.job.document_ids), study.job.loaded.num_kv_heads
@@ -173,7 +183,21 @@ def context_selection(study: Study) -> Selection:
     )
 
 
-def greedy_selection(study: Study, segments: list[Segment], weights: dict[str, float]) -> Selection:
+def picks_per_chunk(study: Study, num_kept: int) -> int:
+    """Return how many keys of a chunk are picked greedily when ``num_kept`` are kept over all heads.
+
+    All of them in documents of up to `DEEP_TOKENS` tokens, whatever the size: one order serves every size. In longer
+    ones `DEPTH` times the average, and some more.
+    """
+    num_document = len(study.job.document_ids)
+    size = -(-num_document // -(-num_document // GREEDY_CHUNK))
+    if num_document <= DEEP_TOKENS:
+        return size
+    average = num_kept * size / (len(study.full.full_layers) * study.job.loaded.num_kv_heads * num_document)
+    return min(size, round(DEPTH * average) + LEAST_PICKS)
+
+
+def greedy_selection(study: Study, segments: list[Segment], weights: dict[str, float], num_picks: int) -> Selection:
     """Order all keys by forward orthogonal least squares per chunk (solve/greedy.py), in common currency.
 
     Context rows take part by the diagonal of the Gram matrices alone: each key's own squared attention.
@@ -182,11 +206,11 @@ def greedy_selection(study: Study, segments: list[Segment], weights: dict[str, f
     batches = groups(segments, GRAM_ROWS)
     curves: dict[int, LayerCurves] = {}
     if len(batches) == 1:  # a layer is finished before the next begins
-        GramPass(study, weights, full.full_layers, curves).run(batches)
+        GramPass(study, weights, full.full_layers, curves, num_picks).run(batches)
     else:
         at_once = max(1, GRAM_BYTES // gram_bytes(study))
         for start in range(0, len(full.full_layers), at_once):
-            GramPass(study, weights, full.full_layers[start : start + at_once], curves).run(batches)
+            GramPass(study, weights, full.full_layers[start : start + at_once], curves, num_picks).run(batches)
     norms = {i: float(full.residual_norms[i]) ** -2 for i in full.full_layers}
     return Selection(
         torch.stack([curves[i].order.cpu() for i in full.full_layers]),
@@ -204,9 +228,14 @@ class GramPass:
     """One pass over all reference rows that accumulates some layers' Gram matrices and orders their keys."""
 
     def __init__(
-        self, study: Study, weights: dict[str, float], members: list[int], curves: dict[int, LayerCurves]
+        self,
+        study: Study,
+        weights: dict[str, float],
+        members: list[int],
+        curves: dict[int, LayerCurves],
+        num_picks: int,
     ) -> None:
-        self.study, self.weights, self.curves = study, weights, curves
+        self.study, self.weights, self.curves, self.num_picks = study, weights, curves, num_picks
         loaded, num_document = study.job.loaded, len(study.job.document_ids)
         self.make_sums = {
             i: partial(
@@ -263,7 +292,9 @@ class GramPass:
         full, self.finished, finished = self.study.full, [], self.finished
         if finished:
             sums, layers = [self.sums.pop(i) for i in finished], [full.layers[i] for i in finished]
-            self.curves.update(zip(finished, greedy_curves(sums, layers, full.prefix_length, STOP), strict=True))
+            self.curves.update(
+                zip(finished, greedy_curves(sums, layers, full.prefix_length, self.num_picks, STOP), strict=True)
+            )
 
 
 def fit(
@@ -283,7 +314,7 @@ def fit(
             counts=counts[row].tolist(),
             head_gains=job.head_gains[i],
             source_weights={"carrier": 0.0, **weights},
-            context_queries=full.context_queries.get(i),
+            context_queries=full.context_queries.get(i) if "context" in weights else None,
             storage_dtype=job.storage_dtype,
             settings=job.settings,
         )

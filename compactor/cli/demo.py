@@ -68,7 +68,7 @@ def _demo(
     reporter = console.ConsoleReporter()
     loaded = load_model(model, device=device, dtype=dtype, offline=offline, reporter=reporter)
     text = files("compactor").joinpath("data", DOCUMENT).read_text(encoding="utf-8")
-    settings = CompactSettings(keep_ratio=KEEP_RATIO, self_study_tokens=SELF_STUDY_TOKENS, seed=seed)
+    settings = CompactSettings(keep_ratio=KEEP_RATIO, self_study_tokens=SELF_STUDY_TOKENS, seed=seed, certify=False)
     job = prepare(make_document(DOCUMENT, text), loaded, settings, reporter)
     full = prefill_document(job)
     sizes = pipeline.compact_prefilled(job, full).save(path, force=True)

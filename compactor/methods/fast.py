@@ -5,8 +5,10 @@ from __future__ import annotations
 from compactor import prompt as prompts
 from compactor.methods import Compacted
 from compactor.methods.ours import solve
+from compactor.prefill import CONTEXT_SPAN
 from compactor.reference_queries import repeat_segments
-from compactor.study import Study, context_selection
+from compactor.solve.select import Selection
+from compactor.study import Study, context_selection, greedy_selection, picks_per_chunk
 from compactor.types import Segment
 
 SUMMARY = "the document's own queries choose the keys, a thin sample of the repeat pass fits them"
@@ -17,10 +19,21 @@ LEAST_PIECES = 4
 
 def compact(study: Study, num_kept: int) -> Compacted:
     """Keep ``num_kept`` document keys over all heads; see docs/algorithm.md."""
+    segments, weights = sample_pieces(study), {"repeat": 1.0}
     with study.job.timed("select"):
-        selection = study.once("context selection", lambda: context_selection(study))
-    segments = sample_pieces(study)
-    return solve(study, num_kept, selection, segments, {"repeat": 1.0})
+        selection = study.once(
+            ("fast selection", picks_per_chunk(study, num_kept)),
+            lambda: order_keys(study, segments, weights, num_kept),
+        )
+    return solve(study, num_kept, selection, segments, weights)
+
+
+def order_keys(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:
+    """Order all keys by the document's own queries; greedily by the sample where these were not observed or, in a
+    document of one span, score nothing."""
+    if study.full.context_scores and len(study.job.document_ids) > CONTEXT_SPAN:
+        return context_selection(study)
+    return greedy_selection(study, segments, weights, picks_per_chunk(study, num_kept))
 
 
 def sample_pieces(study: Study) -> list[Segment]:

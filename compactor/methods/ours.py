@@ -12,7 +12,7 @@ from compactor.solve.budget import allocate
 from compactor.solve.fit import FitLayer
 from compactor.solve.select import Selection
 from compactor.solve.shrink import HeadCurve, chunk_blocks
-from compactor.study import GREEDY_CHUNK, Study, fit, stored
+from compactor.study import GREEDY_CHUNK, Study, fit, reference_rows, stored
 from compactor.types import Segment
 
 ERROR_ROUNDS = 5  # fits that look for the size of --max-error at most
@@ -43,7 +43,8 @@ def solve_size(
         fitted = fits[i].fitted if i in fits else None
         layers.append(stored(layer, job.storage_dtype) if fitted is None else fitted)
     curves = head_curves(study, selection, fits) if job.settings.keep_curves else None
-    return Compacted(layers, study.full.logical_length, report(study, fits, weights), curves)
+    rows = {"reference_rows": reference_rows(study, segments)}
+    return Compacted(layers, study.full.logical_length, report(study, fits, weights) | rows, curves)
 
 
 def solve_error(

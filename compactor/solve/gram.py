@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from compactor.attention import half_product
+
 LEAF = 256  # columns below which splitting a symmetric product no longer pays
 DROPPED_ENERGY = 1e-6  # fraction of a block's squared Frobenius norm that may be left out
 WORTH_DROPPING = 0.9  # of the columns: above it, gathering costs more than it saves
@@ -41,7 +43,7 @@ class GramSum:
             self._add_active(rows, targets)
 
     def _add_half(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
-        self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        self.gram += half_product(rows.T[None], rows[None])[0]
         self.rhs += rows.float().T @ targets
 
     def _add_active(self, rows: torch.Tensor, targets: torch.Tensor) -> None:

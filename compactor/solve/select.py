@@ -44,7 +44,7 @@ class LayerCurves:
 
 
 def greedy_curves(
-    sums: Sequence[ChunkGrams], layers: Sequence[LayerCache], prefix_length: int, stop: float
+    sums: Sequence[ChunkGrams], layers: Sequence[LayerCache], prefix_length: int, num_picks: int, stop: float
 ) -> list[LayerCurves]:
     """Order the keys of some layers by forward orthogonal least squares per chunk, then merge the chunks of each head.
 
@@ -52,12 +52,14 @@ def greedy_curves(
     (v_j - mu), mu the mean output of the head. Since both are combinations of the columns themselves, the Gram matrix
     says all: targets T = [lambda 1, v - mu]. lambda is the root-mean-square distance between the document's output and
     the whole output: what a wrong mass costs. Gains are made not increasing within a chunk and ranked over chunks. All
-    chunks of all heads and layers are one batch.
+    chunks of all heads and layers are one batch. Beyond ``num_picks`` keys of a chunk, the rest follow by what each
+    would add alone.
     """
     targets = torch.cat([chunk_targets(one, layer, prefix_length) for one, layer in zip(sums, layers, strict=True)])
     grams = torch.cat([one.gram.flatten(0, 1) for one in sums])
-    picks = forward_ols(grams, targets, grams.shape[-1], stop)
-    pooled = pool_violators(picks.gains)
+    picks = forward_ols(grams, targets, num_picks, stop)
+    pooled = pool_violators(picks.gains[:, :num_picks])
+    pooled = torch.cat([pooled, picks.gains[:, num_picks:].minimum(pooled[:, -1:])], dim=1)
     num_kv_heads, num_chunks, size, _ = sums[0].gram.shape
     num_document = layers[0].head_lengths[0] - prefix_length
     first = torch.arange(num_chunks, device=pooled.device).view(1, -1, 1) * size

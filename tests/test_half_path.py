@@ -1,0 +1,99 @@
+"""Claims about the half-precision path that runs on NVIDIA GPUs: its arithmetic, emulated on the CPU, stays close to the
+float32 path, also where scores are in the thousands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_tiny
+
+from compactor import attention
+from compactor.config import CompactSettings
+from compactor.document import make_document
+from compactor.job import prepare
+from compactor.model import LoadedModel, load_model
+from compactor.pipeline import compact
+from compactor.solve import gram
+from compactor.study import prefill_document
+
+TEXT = "".join(
+    f"Part {i}. The tenant pays {7 * i} euros of rent. Clause {i} says who repairs the roof. " for i in range(14)
+)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """What the matrix units do: products of half-precision numbers, summed in float32."""
+    assert left.dtype == right.dtype and left.dtype in (torch.float16, torch.bfloat16)
+    return torch.bmm(left.float(), right.float())
+
+
+def fused(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, *, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the fused kernel does: float32 inside, the output rounded to the input's type."""
+    scores = product(query, keys.mT) * scaling
+    if causal:
+        attention.hide_future(scores)
+    lse = scores.logsumexp(-1)
+    out = torch.bmm((scores - lse.unsqueeze(-1)).exp(), values.float())
+    return out.to(query.dtype).float(), lse
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the half-precision path on the CPU, its three primitives written out."""
+    monkeypatch.setattr(attention, "is_fast", lambda query: query.dtype in (torch.float16, torch.bfloat16))
+    monkeypatch.setattr(attention, "half_product", product)
+    monkeypatch.setattr(gram, "half_product", product)
+    monkeypatch.setattr(attention, "fused_attention", fused)
+
+
+def loaded_in(folder: Path, dtype: str) -> LoadedModel:
+    """Load a tiny qwen2."""
+    return load_model(str(make_tiny("qwen2", folder / dtype)), device="cpu", dtype=dtype)
+
+
+def test_exponentials_are_exact_to_the_rounding_of_their_result(emulated: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = (40.0 * torch.randn(2, 50, 64, generator=generator)).to(torch.bfloat16)
+    keys = (40.0 * torch.randn(2, 70, 64, generator=generator)).to(torch.bfloat16)
+    exact = query.double() @ keys.double().mT * 0.125
+    lse, bias = exact.logsumexp(-1), torch.randn(2, 70, generator=generator)
+    assert float(exact.abs().max()) > 2000
+    result = attention.exponentials(query, keys, 0.125, -lse.float(), bias)
+    expected = (exact - lse.unsqueeze(-1) + bias.double().unsqueeze(1)).exp()
+    assert result.dtype == torch.float16
+    torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=1e-6)
+
+
+def test_exponentials_never_overflow(emulated: None) -> None:
+    ones = torch.ones(1, 1, 8, dtype=torch.bfloat16)
+    huge = attention.exponentials(ones, 100 * ones, 1.0, torch.zeros(1, 1))
+    assert torch.isfinite(huge).all()
+
+
+def test_a_compaction_in_half_precision_is_as_good_as_in_float32(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    settings = CompactSettings(keep_ratio=0.3, self_study_tokens=64, reserve=128)
+    document = make_document("lease", TEXT)
+    exact = compact(document, loaded_in(tmp_path, "float32"), settings).metadata.report
+    request.getfixturevalue("emulated")
+    half = compact(document, loaded_in(tmp_path, "bfloat16"), settings).metadata.report
+    assert half["reconstruction_error"] == pytest.approx(exact["reconstruction_error"], rel=0.25)
+    assert half["fidelity"]["kl_mean"] < 2.0 * exact["fidelity"]["kl_mean"] + 0.02
+
+
+def test_context_scores_of_both_paths_agree(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    settings = CompactSettings(keep_ratio=0.3, self_study_tokens=64, reserve=128, prefill_chunk=200)
+    loaded = loaded_in(tmp_path, "bfloat16")
+    document = make_document("lease", TEXT)
+    plain = prefill_document(prepare(document, loaded, settings))
+    request.getfixturevalue("emulated")
+    fast = prefill_document(prepare(document, loaded, settings))
+    for i in plain.full_layers:
+        ratio = (plain.context_scores[i] - fast.context_scores[i]).norm() / plain.context_scores[i].norm()
+        assert float(plain.context_scores[i].norm()) > 0
+        assert float(ratio) < 0.05
