@@ -265,8 +265,8 @@ class CompactedCache:
         return attach_layers(model, self.layers, self.metadata.logical_length)
 
     def save(self, path: AnyPath, *, force: bool = False) -> FileSizes:
-        """Write the cache atomically, and its sidecar where there is one. Raises OutputError; an existing file is refused
-        without ``force``."""
+        """Write the cache atomically, and its sidecar where there is one. Raises OutputError; an existing file is
+        refused without ``force``."""
         from compactor.cache_file import save_cache
 
         sizes = save_cache(path, self.layers, self.metadata, force=force)

@@ -208,8 +208,8 @@ def exponentials(
     """Return exp(s q_i.k_j + row_shift_i + key_shift_j), (n, rows, kv_len), for query (n, rows, head_dim), keys
     (n, kv_len, head_dim), row_shift (n, rows) and key_shift (n, kv_len) float32.
 
-    With row_shift = -lse this is attention. Where `is_fast` the result is float16, at most `LARGEST_HALF`: queries and keys
-    are multiplied as they are (scores of some models are in the thousands: rounding them again would ruin the
+    With row_shift = -lse this is attention. Where `is_fast` the result is float16, at most `LARGEST_HALF`: queries and
+    keys are multiplied as they are (scores of some models are in the thousands: rounding them again would ruin the
     exponential), sums and shifts are float32.
     """
     if is_fast(query):
@@ -241,7 +241,7 @@ def fused_attention(
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the batched product (n, a, b) x (n, b, c) in float32; float16 inputs are multiplied on the matrix units."""
+    """Return the batched product (n, a, b) x (n, b, c) in float32; where ``left`` is float16, on the matrix units."""
     if left.dtype == torch.float16:
         return half_product(left, right.half())
     return torch.bmm(left, right.float())

@@ -38,7 +38,7 @@ class CompactSettings:
     keep_ratio: float | None = None  # fraction of document keys kept, over all compacted heads
     target_tokens: int | None = None  # average number of document keys kept per head
     max_bytes: int | None = None  # bytes of all tensors in the file: prefix and sliding layers included
-    max_error: float | None = None  # predicted damage (docs/algorithm.md) that the cache may do at most
+    max_error: float | None = None  # relative reconstruction error of the fit, at most (docs/algorithm.md)
     method: str = "balanced"
     queries: tuple[str, ...] = ()  # empty: those of the method
     self_study_tokens: int | None = (

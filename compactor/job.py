@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compactor import prompt as prompts
+from compactor.budget_profile import read_profile
 from compactor.config import CompactSettings
 from compactor.document import Document
 from compactor.errors import SettingsError
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from compactor.model import LoadedModel
 
 
-SELF_STUDY_RATE = 0.25  # answer tokens of self-study per document token
-SELF_STUDY_LEAST = 1024
+SELF_STUDY_BASE, SELF_STUDY_RATE = 576, 0.1875  # answer tokens: about the whole, and per document token
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Job:
         """Answer tokens of self-study, all prompts together."""
         if self.settings.self_study_tokens is not None:
             return self.settings.self_study_tokens
-        return max(SELF_STUDY_LEAST, round(SELF_STUDY_RATE * len(self.document_ids)))
+        return SELF_STUDY_BASE + round(SELF_STUDY_RATE * len(self.document_ids))
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -88,6 +88,8 @@ def prepare(
     )
     job = Job(document, loaded, settings, prompt, document_ids, reporter or SilentReporter())
     target_total(job)  # raises when the size target is too small
+    if settings.budget is not None:
+        read_profile(settings.budget, loaded.identity())  # raises when it is damaged or for another model
     if settings.keep_curves and keeps_everything(job):
         raise SettingsError("--keep-curves has nothing to learn where every key is kept; give a smaller size.")
     return job

@@ -253,8 +253,10 @@ def sample_answers(
 
 
 def sample(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> torch.Tensor:
-    """Sample one token per row from the nucleus of the `TOP_K` most likely (Holtzman et al. 2020); logits (rows, vocabulary)
-    float32, returns (rows,) int64."""
+    """Sample one token per row from the nucleus (Holtzman et al. 2020) of the `TOP_K` most likely.
+
+    logits: (rows, vocabulary) float32; returns (rows,) int64.
+    """
     best = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
     probs = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
     outside = probs.cumsum(-1) - probs >= top_p  # the first token is always inside

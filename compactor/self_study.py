@@ -8,7 +8,6 @@ collected, whatever its sampling saw.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,15 +31,12 @@ WHOLE_PROMPTS = (
 SECTION_PROMPTS = {
     "questions": "Write short question and answer pairs, one for every sentence of the passage that begins with these "
     "words: ",
-    "facts": "List every fact, one per line with who, what, where and when, of the passage that begins with these words: ",
+    "facts": "List every fact, one per line with who, what, where and when, of the passage that begins with these "
+    "words: ",
     "restate": "Say in other words, sentence by sentence, the passage that begins with these words: ",
-    "structure": "Write as JSON every name, thing, place, date and number, and how they belong together, of the passage "
-    "that begins with these words: ",
+    "structure": "Write as JSON every name, thing, place, date and number, and how they belong together, of the "
+    "passage that begins with these words: ",
 }
-SHORTEST_QUESTION = 8  # characters
-_LABEL = re.compile(
-    r"^(?:[-*#>]+\s*)?(?:\(?\d+[.):]\s*)?(?:\*\*)?(?:(?:question|answer|q|a)\s*\d*\s*[:.)]\s*)?(?:\*\*)?", re.I
-)
 SECTION_TOKENS = 512  # document tokens of a section
 ANSWER_TOKENS = 96  # of each prompt, unless there are too few for one prompt a section
 QUOTED_TOKENS = 12  # of the section's beginning that name it
@@ -58,7 +54,7 @@ class Plan:
 
 
 def make_plan(num_document: int, total_tokens: int) -> Plan:
-    """Share ``total_tokens`` answer tokens: first one prompt a section, then those about the whole, then more a section.
+    """Share ``total_tokens`` answer tokens: first a prompt a section, then those about the whole, then more a section.
 
     With fewer tokens than sections deserve, sections are fewer and longer.
     """
@@ -128,19 +124,3 @@ def until_repetition(tokens: list[int]) -> list[int]:
             return tokens[:start]
         seen.add(window)
     return tokens
-
-
-def exchanges(text: str) -> list[tuple[str, str]]:
-    """Read question and answer pairs from an answer to the "questions" prompt: any line that ends in a question mark is
-    a question, what follows up to the next is its answer. Numbers and labels such as "Q1:" or "**Answer:**" are dropped.
-    """
-    pairs: list[tuple[str, list[str]]] = []
-    for line in text.splitlines():
-        plain = _LABEL.sub("", line.strip().strip("*").strip()).strip().strip('*"').strip()
-        question, mark, rest = plain.partition("?")
-        if mark and len(question) >= SHORTEST_QUESTION:
-            pairs.append((question + mark, []))
-            plain = _LABEL.sub("", rest.strip().strip("*").strip()).strip()
-        if pairs and plain:
-            pairs[-1][1].append(plain)
-    return [(question, " ".join(answer)) for question, answer in pairs if answer]

@@ -24,9 +24,7 @@ from compactor.solve.scores import value_distances
 from compactor.solve.select import LayerCurves, Selection, greedy_curves, select_keys
 from compactor.types import Advance, LayerCache, Segment
 
-GRAM_ROWS = (
-    1 << 16
-)  # packed rows of one pass; up to here a layer's Gram matrices are gone before the next layer's begin
+GRAM_ROWS = 65536  # packed rows of one pass; up to here a layer's Gram matrices are gone before the next's begin
 GRAM_BYTES = 4 << 30  # of Gram matrices held at once where one pass is not enough
 DEEP_TOKENS = 16384  # documents up to here are ordered greedily to the last key
 DEPTH, LEAST_PICKS = 6, 32  # in longer ones: so many times the average count of a chunk, and some more

@@ -27,7 +27,7 @@ from compactor.fidelity import answer_log_probs
 from compactor.job import prepare
 from compactor.methods import ours, truncation
 from compactor.model import LoadedModel, load_model
-from compactor.pipeline import compact, compact_prefilled
+from compactor.pipeline import compact, compact_prefilled, compact_study, every_key
 from compactor.prefill import CONTEXT_SPAN, context_spans
 from compactor.self_study import self_study_segments
 from compactor.solve.budget import key_bytes
@@ -397,10 +397,11 @@ def test_only_layers_that_are_not_fitted_are_copied_to_the_storage_type(
 
 
 def test_the_fit_lowers_the_error_that_it_reports(tmp_path: Path) -> None:
-    """Fewer keys, more error: and the certificate of the run says so."""
-    loaded, text = tiny(tmp_path), document(3)
+    """Fewer keys, more error: and the report of the run says so."""
+    job = prepare(document(3), tiny(tmp_path), CompactSettings(**FAST))
+    study = Study(job, prefill_document(job))
     errors = [
-        compact(text, loaded, CompactSettings(keep_ratio=ratio, **FAST)).metadata.report["reconstruction_error"]
+        compact_study(study, round(ratio * every_key(job))).metadata.report["reconstruction_error"]
         for ratio in (0.05, 0.2, 0.6)
     ]
     assert errors[0] > errors[1] > errors[2] > 0
@@ -421,7 +422,8 @@ def test_query_never_holds_the_full_cache(tmp_path: Path) -> None:
 
 def sparse_cache(loaded: LoadedModel, length: int) -> CompactedCache:
     """A cache over ``length`` tokens that keeps 100 keys a head, made without a compaction."""
-    kept = compact(document(1), loaded, CompactSettings(target_tokens=20, queries=("repeat",), reserve=64))
+    settings = CompactSettings(target_tokens=20, method="random", reserve=64, certify=False)
+    kept = compact(document(1), loaded, settings)
     metadata = CacheMetadata(**{**kept.metadata.__dict__, "logical_length": length})
     metadata = CacheMetadata(**{**metadata.__dict__, "document_tokens": length - metadata.prefix_length})
     return CompactedCache(kept.layers, metadata)

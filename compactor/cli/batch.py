@@ -160,7 +160,10 @@ def batch_command(
     )
     from compactor.batch.manifest import MANIFEST_NAME, Manifest
     from compactor.batch.runner import find_jobs, open_manifest
+    from compactor.budget_profile import load_profile
 
+    if budget is not None:
+        load_profile(budget)
     out = Path(output)
     batch = find_jobs(Path(folder), out, patterns=pattern or (), exclude=exclude or (), recursive=recursive)
     manifest = Manifest(out / MANIFEST_NAME) if dry_run else open_manifest(out)

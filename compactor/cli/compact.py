@@ -132,6 +132,7 @@ def compact_command(
         path = default_output(document) if output is None else output
     reporter = console.ConsoleReporter(quiet=quiet)
     try:
+        from compactor.budget_profile import load_profile
         from compactor.document import read_document
         from compactor.output import check_output
 
@@ -139,6 +140,8 @@ def compact_command(
             check_output(path, force)
             if keep_curves:
                 check_output(f"{path}{CURVES_SUFFIX}", force)
+        if budget is not None:
+            load_profile(budget)
         text = read_document(document)
 
         from compactor import pipeline  # only now torch, which takes seconds to import

@@ -56,7 +56,11 @@ MaxBytes = Annotated[
 ]
 MaxError = Annotated[
     float | None,
-    typer.Option("--max-error", metavar="X", help="Instead: the smallest cache whose predicted damage is at most X."),
+    typer.Option(
+        "--max-error",
+        metavar="X",
+        help="Instead: the smallest cache whose relative reconstruction error, on the reference queries, is at most X.",
+    ),
 ]
 
 # How it is computed.
@@ -90,7 +94,8 @@ SelfStudyTokens = Annotated[
     typer.Option(
         "--self-study-tokens",
         metavar="N",
-        help="Tokens the model writes in self-study, all prompts together; without it a quarter of the document's.",
+        help="Tokens the model writes in self-study, all prompts together; "
+        "without it 576 and a fifth of the document's.",
     ),
 ]
 Chunk = Annotated[

@@ -120,9 +120,9 @@ def head_curves(study: Study, selection: Selection, fits: dict[int, FitLayer]) -
 def report(study: Study, fits: dict[int, FitLayer], weights: dict[str, float]) -> dict[str, object]:
     """Return the errors of the fit.
 
-    Errors are relative, sqrt(sum w |o' - o|^2 / sum w |o|^2), with the weights of the common currency; heads that keep
-    every key take no part. ``predicted_damage`` is the squared error itself, in common currency, per unit of row weight:
-    what the joint fit leaves, summed over layers and heads.
+    Errors are relative, sqrt(sum w |o' - o|^2 / sum w |o|^2), with the weights of the common currency; heads that
+    keep every key take no part. ``predicted_damage`` is the squared error itself, in common currency, per unit of row
+    weight: what the joint fit leaves, summed over layers and heads.
     """
     fitted, unfitted = [], []
     for i, layer in fits.items():

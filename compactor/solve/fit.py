@@ -297,8 +297,8 @@ def fit_head_values(
 def fitted_attention(
     rows: Rows, kept_keys: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return attention to the kept keys under the compacted normaliser, (group, rows, num_kept), and what is left of the
-    attention to prefix and local keys, exp(lse - lse'), (group, rows)."""
+    """Return attention to the kept keys under the compacted normaliser, (group, rows, num_kept), and by how much the
+    attention to prefix and local keys fades, exp(lse - lse'), (group, rows)."""
     weights = kept_attention(rows, kept_keys, kept, biases)
     faded = 1.0 / (rows.rest_share + weights.sum(-1, dtype=torch.float32))
     return weights.mul_(faded.unsqueeze(-1).to(weights.dtype)), faded

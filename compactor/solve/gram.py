@@ -2,9 +2,9 @@
 
 Rows in float16 (attention on an NVIDIA GPU) are multiplied on the matrix units with float32 sums. Others are float32.
 
-There, neighbouring rows look at the same few keys, so a block drops the columns that carry almost none of its energy. With
-`DROPPED_ENERGY` e, each block X is replaced by X' with ||X - X'||_F <= sqrt(e) ||X||_F: in both sums alike, so that
-the problem stays a least squares problem, of a matrix that near.
+There, neighbouring rows look at the same few keys, so a block drops the columns that carry almost none of its energy.
+With `DROPPED_ENERGY` e, each block X is replaced by X' with ||X - X'||_F <= sqrt(e) ||X||_F: in both sums alike, so
+that the problem stays a least squares problem, of a matrix that near.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ class Picks:
 def forward_ols(gram: torch.Tensor, targets: torch.Tensor, num_picks: int, stop: float = 0.0) -> Picks:
     """Order the keys of each problem by greedy orthogonal least squares.
 
-    gram: (num_problems, num_keys, num_keys) float32 or float64, symmetric; targets: (num_problems, num_keys, num_targets),
-    T above; ``num_picks`` steps are made, fewer for a problem whose best gain falls below ``stop`` of its energy. What
-    is never picked follows in the order of its own gain given the picks.
+    gram: (num_problems, num_keys, num_keys) float32 or float64, symmetric; targets: (num_problems, num_keys,
+    num_targets), T above; ``num_picks`` steps are made, fewer for a problem whose best gain falls below ``stop`` of its
+    energy. What is never picked follows in the order of its own gain given the picks.
     """
     num_problems, num_keys, _ = gram.shape
     num_picks = min(num_picks, num_keys)

@@ -1,0 +1,326 @@
+"""Claims about self-study: what each row of the batch attends to, what is asked, and how answers become segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_tiny
+
+from compactor import sampling, self_study
+from compactor.attach import attach_layers, dense_heads
+from compactor.config import CompactSettings
+from compactor.document import make_document
+from compactor.job import Job, prepare
+from compactor.model import LoadedModel, load_model
+from compactor.prefill import Prefilled
+from compactor.reference_queries import generate
+from compactor.sampling import Sections, sample, sample_answers
+from compactor.self_study import make_plan, self_study_segments, until_repetition
+from compactor.study import prefill_document
+from compactor.types import LayerCache, SilentReporter
+
+TEXT = "The tenant shall pay rent on the first day of each month. Clause 7 says that repairs are paid by the tenant. "
+SECTION_PROMPTS = [[[30, 31, 32, 33], [50]], [[41, 42, 43, 44, 45, 46, 47], [60, 61]], [[33, 34], [70, 71, 72, 73, 74]]]
+WHOLE_PROMPTS = [[80, 81, 82], [90], [30, 31, 32, 33]]
+FAMILIES = ("llama", "gemma3_text")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model and a prefilled document."""
+
+    loaded: LoadedModel
+    job: Job
+    full: Prefilled
+
+
+@cache
+def place_of(folder: Path, family: str, template: bool) -> Place:
+    fields = {} if template else {"chat_template": None}
+    loaded = load_model(str(make_tiny(family, folder / f"{family}{template}", **fields)), device="cpu")
+    settings = CompactSettings(keep_ratio=0.2, reserve=64, certify=False)
+    job = prepare(make_document("lease", TEXT * 2), loaded, settings)
+    return Place(loaded, job, prefill_document(job))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Place]:
+    folder = tmp_path_factory.mktemp("models")
+    return lambda family, template=True: place_of(folder, family, template)
+
+
+def part_of(layer: LayerCache, prefix: int, start: int, stop: int) -> LayerCache:
+    """The layer with the prefix and the document tokens start .. stop only; a sliding layer stays as it is."""
+    if layer.sliding_window is not None:
+        return layer
+    rows = torch.tensor([*range(prefix), *range(prefix + start, prefix + stop)])
+    keys, values = (heads[0][:, rows] for heads in dense_heads(layer))
+    count = layer.num_kv_heads
+    return replace(
+        layer,
+        keys=keys.flatten(0, 1),
+        values=values.flatten(0, 1),
+        biases=torch.zeros(count * len(rows)),
+        positions=rows.int().repeat(count),
+        offsets=torch.arange(count + 1, dtype=torch.int32) * len(rows),
+    )
+
+
+def expected_logits(place: Place, layers: list[LayerCache], prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Logits of every step of an answer after these layers, the prompt and the answer in one call and alone."""
+    cache_ = attach_layers(place.loaded.model, layers, place.full.logical_length)
+    with torch.no_grad():
+        logits = place.loaded.model(torch.tensor([prompt + answer[:-1]]), past_key_values=cache_).logits[0]
+    return logits[len(prompt) - 1 :]
+
+
+def greedy(
+    place: Place,
+    sections: list[list[list[int]]],
+    whole: list[list[int]],
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Answers when each step takes the best token and none stops, and all logits, (rows, steps, vocabulary)."""
+    seen: list[torch.Tensor] = []
+
+    def best(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> torch.Tensor:
+        seen.append(logits.clone())
+        return logits.argmax(-1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "sample", best)
+        patch.setattr(sampling, "stop_token_ids", lambda _loaded: set())
+        answers = sample_answers(place.loaded, place.full, sections, whole, max_new_tokens=steps, seed=0)
+    return answers, torch.stack(seen, dim=1)
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("template", [True, False], ids=["template", "no prefix"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_section_rows_see_prefix_section_and_their_own_tail_and_whole_rows_everything(
+    family: str, template: bool, places: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = places(family, template)
+    assert bool(place.full.prefix_length) == template
+    answers, logits = greedy(place, SECTION_PROMPTS, WHOLE_PROMPTS, 6, monkeypatch)
+    prompts = [prompt for section in SECTION_PROMPTS for prompt in section] + WHOLE_PROMPTS
+    cut = Sections.of(len(place.full.document_ids), 3)
+    assert [len(answer) for answer in answers] == [6] * 9
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        layers = place.full.layers
+        if row < 6:
+            start = row // 2 * cut.step
+            layers = [part_of(layer, place.full.prefix_length, start, start + cut.size) for layer in layers]
+        expected = expected_logits(place, layers, prompt, answer)
+        torch.testing.assert_close(logits[row], expected, atol=2e-3, rtol=1e-3)
+    assert float((logits[0] - logits[8]).abs().max()) > 0.1  # equal prompts: the section and the whole differ
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_surest_token_of_whole_rows_is_what_transformers_generates(
+    family: str, places: Callable[..., Place]
+) -> None:
+    place = places(family)
+    answers = sample_answers(place.loaded, place.full, [], WHOLE_PROMPTS, max_new_tokens=12, seed=3, top_p=1e-9)
+    for prompt, answer in zip(WHOLE_PROMPTS, answers, strict=True):
+        attached = attach_layers(place.loaded.model, place.full.layers, place.full.logical_length)
+        ids = torch.tensor([prompt])
+        made = generate(
+            place.loaded, input_ids=ids, attention_mask=attached.attention_mask(torch.ones_like(ids)),
+            past_key_values=attached, max_new_tokens=12, do_sample=False,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        stop = place.loaded.tokenizer.eos_token_id
+        assert answer == (made[: made.index(stop)] if stop in made else made)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_longer_neighbour_and_its_padding_change_no_row(
+    family: str, places: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = places(family)
+    _, alone = greedy(place, [], [[80, 81, 82]], 4, monkeypatch)
+    _, beside = greedy(place, [], [[80, 81, 82], list(range(30, 70))], 4, monkeypatch)
+    torch.testing.assert_close(beside[0], alone[0], atol=1e-3, rtol=1e-3)
+    _, one = greedy(place, [[[80, 81, 82]]], [], 4, monkeypatch)  # one section is the whole document
+    torch.testing.assert_close(one[0], alone[0], atol=1e-3, rtol=1e-3)
+
+
+def test_an_answer_ends_before_its_stop_token_and_the_others_go_on(
+    places: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = places("llama")
+    answers, _ = greedy(place, SECTION_PROMPTS, WHOLE_PROMPTS, 12, monkeypatch)
+    stop = answers[0][3]
+    monkeypatch.setattr(sampling, "stop_token_ids", lambda _loaded: {stop})
+    steps: list[int] = []
+    ended = sample_answers(
+        place.loaded, place.full, SECTION_PROMPTS, WHOLE_PROMPTS, max_new_tokens=12, seed=0, top_p=1e-9,
+        on_step=steps.append,
+    )  # fmt: skip
+    assert ended == [answer[: answer.index(stop)] if stop in answer else answer for answer in answers]
+    assert sum(steps) <= 12
+
+
+def test_equal_seeds_give_equal_answers_and_others_do_not(places: Callable[..., Place]) -> None:
+    place = places("llama")
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, again, other = (
+        sample_answers(place.loaded, place.full, SECTION_PROMPTS, WHOLE_PROMPTS, max_new_tokens=16, seed=seed)
+        for seed in (5, 5, 6)
+    )
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's own random numbers go on undisturbed
+
+
+def test_no_prompt_and_no_token_are_no_error(places: Callable[..., Place]) -> None:
+    place = places("llama")
+    assert sample_answers(place.loaded, place.full, [], [], max_new_tokens=4, seed=0) == []
+    assert sample_answers(place.loaded, place.full, [], WHOLE_PROMPTS, max_new_tokens=0, seed=0) == [[], [], []]
+
+
+def test_tokens_are_drawn_from_the_nucleus_by_their_probability() -> None:
+    probs = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    logits = probs.log().expand(4000, -1) + 3.0
+    generator = torch.Generator().manual_seed(0)
+    for top_p, inside in ((1.0, [0, 1, 2, 3, 4]), (0.72, [1, 3, 2]), (0.69, [1, 3]), (0.3, [1])):
+        counts = torch.bincount(sample(logits, top_p, generator), minlength=5) / 4000
+        expected = torch.zeros(5)
+        expected[inside] = probs[inside] / probs[inside].sum()
+        torch.testing.assert_close(counts, expected, atol=0.03, rtol=0)
+        assert counts.nonzero().flatten().tolist() == sorted(inside)
+
+
+def test_no_token_beyond_the_most_likely_is_ever_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TOP_K", 3)
+    logits = torch.linspace(0, 1, 10).expand(500, -1)
+    drawn = sample(logits, 1.0, torch.Generator().manual_seed(0))
+    assert sorted(set(drawn.tolist())) == [7, 8, 9]
+
+
+@pytest.mark.parametrize("num_document", [1, 2, 7, 511, 512, 1300])
+def test_sections_cover_the_document(num_document: int) -> None:
+    for count in range(1, min(num_document, 40) + 1):
+        cut = Sections.of(num_document, count)
+        spans = [(i * cut.step, i * cut.step + cut.size) for i in range(cut.count)]
+        assert spans[0][0] == 0 and spans[-1][1] == num_document and len(spans) == count
+        for (start, stop), (following, _) in pairwise(spans):
+            assert start < following <= stop
+            assert stop - following < count  # they overlap by a few tokens at most
+
+
+# ------------------------------------------------------------------------------------------- prompts and answers
+
+
+def test_plans_stay_within_the_tokens_they_are_given() -> None:
+    documents = (1, 7, 100, 511, 770, 2048, 5000, 33_333, 100_000)
+    totals = (1, 2, 31, 95, 96, 97, 200, 512, 1024, 1500, 4096, 25_000, 1_000_000)
+    for num_document, total in product(documents, totals):
+        plan = make_plan(num_document, total)
+        prompts = plan.num_sections * plan.prompts_per_section + plan.num_whole
+        assert 1 <= plan.num_sections <= num_document
+        assert 1 <= plan.prompts_per_section <= len(self_study.SECTION_PROMPTS)
+        assert 0 <= plan.num_whole <= len(self_study.WHOLE_PROMPTS)
+        assert plan.answer_tokens >= 1 and prompts * plan.answer_tokens <= total
+        more = make_plan(num_document, 2 * total)
+        assert more.num_sections * more.prompts_per_section + more.num_whole >= prompts
+
+
+def segments_of(place: Place, room: int, total_tokens: int = 256, seed: int = 0) -> list[self_study.Segment]:
+    return self_study_segments(
+        place.loaded, place.full, place.job.prompt, total_tokens=total_tokens, room=room, seed=seed,
+        reporter=SilentReporter(),
+    )  # fmt: skip
+
+
+def test_segments_never_exceed_the_room(places: Callable[..., Place]) -> None:
+    place = places("llama")
+    wide = segments_of(place, 4096)
+    longest = max(segment.answer_start for segment in wide)
+    assert segments_of(place, longest) == []
+    for room in (longest + 1, longest + 9):
+        made = segments_of(place, room)
+        assert made and all(len(segment.token_ids) <= room for segment in made)
+        assert max(len(segment.token_ids) - segment.answer_start for segment in made) == room - longest
+    assert all(len(segment.token_ids) < 4096 and segment.source == "self-study" for segment in wide)
+
+
+def test_segments_are_prompt_and_answer_and_no_answer_comes_twice(
+    places: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = places("llama")
+    asked: list[list[int]] = []
+
+    def answer(_loaded: object, _full: object, sections: list[list[list[int]]], whole: list[list[int]], **_f: object):  # type: ignore[no-untyped-def]
+        asked.extend([prompt for section in sections for prompt in section] + list(whole))
+        return [[7, 8, 9] if i % 2 else [7, 8, 9 + i] for i in range(len(asked))]
+
+    monkeypatch.setattr(self_study, "sample_answers", answer)
+    made = segments_of(place, 4096, total_tokens=5000)
+    assert len(asked) > 4
+    assert len(made) == (len(asked) + 1) // 2  # [7, 8, 9] comes once
+    for segment in made:
+        assert list(segment.token_ids[: segment.answer_start]) in asked
+        assert segment.token_ids[segment.answer_start :][:2] == (7, 8)
+
+
+def test_every_section_is_named_by_its_first_words(places: Callable[..., Place]) -> None:
+    place = places("llama")
+    document, suffix = place.full.document_ids, list(place.job.prompt.suffix_ids)
+    plan = self_study.Plan(num_sections=3, prompts_per_section=2, num_whole=0, answer_tokens=8)
+    by_section = self_study.section_prompts(place.job.prompt, document, plan)
+    cut = Sections.of(len(document), 3)
+    assert [len(prompts) for prompts in by_section] == [2, 2, 2]
+    for index, prompts in enumerate(by_section):
+        quoted = document[index * cut.step : index * cut.step + self_study.QUOTED_TOKENS]
+        for prompt in prompts:
+            assert prompt[-len(quoted) - len(suffix) :] == [*quoted, *suffix]
+        assert prompts[0] != prompts[1]
+    kinds = {tuple(prompt[: -len(suffix) - self_study.QUOTED_TOKENS]) for section in by_section for prompt in section}
+    assert len(kinds) == len(self_study.SECTION_PROMPTS)  # the kinds take turns
+
+
+def test_equal_seeds_give_equal_segments(places: Callable[..., Place]) -> None:
+    place = places("llama")
+    assert segments_of(place, 4096) == segments_of(place, 4096) != segments_of(place, 4096, seed=1)
+
+
+def test_an_answer_is_cut_where_a_long_run_of_tokens_comes_again() -> None:
+    length = self_study.REPEATED_TOKENS
+    cycle = list(range(100, 100 + length + 4))
+    assert until_repetition([1, 2, 3, *cycle, *cycle, *cycle]) == [1, 2, 3, *cycle]
+    assert until_repetition([5] * 100) == [5]  # the window that begins one token later is the same
+    short = [*cycle[: length - 1], 1, *cycle[: length - 1], 2]
+    assert until_repetition(short) == short  # a shorter run may come again
+    assert until_repetition([]) == [] and until_repetition([4]) == [4]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. **Question:** Who pays the rent?\n**Answer:** The tenant.\n"
+        "2. **Question:** When is it due?\n**Answer:** On the first.",
+        "Q1: Who pays the rent?\nA1: The tenant.\n\nQ2: When is it due?\nA2: On the first.",
+        "- Who pays the rent? The tenant.\n- When is it due?\n  On the first.",
+        "Here are the pairs:\nWho pays the rent?\nThe\ntenant.\nWhen is it due?\nOn the first.\nWhat remains open?",
+    ],
+    ids=["markdown", "labels", "one line", "plain"],
+)
+def test_question_and_answer_pairs_are_read_from_an_answer(text: str) -> None:
+    assert self_study.exchanges(text) == [
+        ("Who pays the rent?", "The tenant."),
+        ("When is it due?", "On the first."),
+    ]
+
+
+def test_text_without_a_question_gives_no_pair() -> None:
+    assert self_study.exchanges("The rent is due.\nWhy?\nSo.") == []
