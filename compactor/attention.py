@@ -198,27 +198,31 @@ def is_fast(query: torch.Tensor) -> bool:
     return half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and kernel_available(query.device)
 
 
-def exponentials(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    scaling: float,
-    row_shift: torch.Tensor,
-    key_shift: torch.Tensor | None = None,
+def exponentials(query: torch.Tensor, keys: torch.Tensor, scaling: float, row_shift: torch.Tensor) -> torch.Tensor:
+    """Return exp(s q_i.k_j + row_shift_i), (n, rows, kv_len); with row_shift = -lse this is attention. Shapes as in
+    `scores`; float16 where `is_fast`, else float32."""
+    return exponential_of(scores(query, keys, None, scaling, row_shift), query)
+
+
+def scores(
+    query: torch.Tensor, keys: torch.Tensor, key_shift: torch.Tensor | None, scaling: float, row_shift: torch.Tensor
 ) -> torch.Tensor:
-    """Return exp(s q_i.k_j + row_shift_i + key_shift_j), (n, rows, kv_len), for query (n, rows, head_dim), keys
+    """Return s q_i.k_j + row_shift_i + key_shift_j, (n, rows, kv_len) float32, for query (n, rows, head_dim), keys
     (n, kv_len, head_dim), row_shift (n, rows) and key_shift (n, kv_len) float32.
 
-    With row_shift = -lse this is attention. Where `is_fast` the result is float16, at most `LARGEST_HALF`: queries and
-    keys are multiplied as they are (scores of some models are in the thousands: rounding them again would ruin the
-    exponential), sums and shifts are float32.
+    Half-precision queries and keys are multiplied as they are where `is_fast`: scores of some models are in the
+    thousands, and rounding them again would ruin the exponential. Sums and shifts are float32.
     """
     if is_fast(query):
-        scores = half_product(query, keys.to(query.dtype).mT)
+        result = half_product(query, keys.to(query.dtype).mT)
     else:
-        scores = torch.bmm(query.float(), keys.float().mT)
-    scores = torch.add(row_shift.unsqueeze(-1), scores, alpha=scaling, out=scores)
-    if key_shift is not None:
-        scores += key_shift.unsqueeze(1)
+        result = torch.bmm(query.float(), keys.float().mT)
+    torch.add(row_shift.unsqueeze(-1), result, alpha=scaling, out=result)
+    return result if key_shift is None else result.add_(key_shift.unsqueeze(1))
+
+
+def exponential_of(scores: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Return exp(scores), as float16 of at most `LARGEST_HALF` where `is_fast` holds for the query; overwrites."""
     if not is_fast(query):
         return scores.exp_()
     scores.clamp_(max=math.log(LARGEST_HALF))

@@ -179,8 +179,8 @@ class ExactRows:
     lse: torch.Tensor  # over all keys
     document: torch.Tensor  # (..., head_dim): the output of the document's keys alone, normalised among themselves
     document_lse: torch.Tensor
-    rest: torch.Tensor  # (..., head_dim): what prefix and local keys add to the output
-    rest_share: torch.Tensor  # attention on prefix and local keys
+    near: torch.Tensor  # (..., head_dim): the output of prefix and local keys alone, normalised among themselves
+    near_lse: torch.Tensor
     out: torch.Tensor  # (..., head_dim): the whole output
 
 
@@ -212,11 +212,8 @@ def exact_rows(
         lse = scores.logsumexp(-1)
         near[:, :, block.rows] = attention.weigh_values(scores.sub_(lse.unsqueeze(-1)).exp_(), own_values)
         near_lse[:, :, block.rows] = lse
-    lse = torch.logaddexp(near_lse, document_lse)
-    rest_share = (near_lse - lse).exp()
-    rest = near.mul_(rest_share.unsqueeze(-1))
-    out = rest + document * (document_lse - lse).exp().unsqueeze(-1)
-    return ExactRows(lse, document, document_lse, rest, rest_share, out)
+    out, lse = attention.merge(near, near_lse, document, document_lse)
+    return ExactRows(lse, document, document_lse, near, near_lse, out)
 
 
 class WindowLayer(PackedLayer):

@@ -366,17 +366,17 @@ def test_rows_see_prefix_document_and_their_own_segment_only(
                 own_values = torch.cat([all_values[head], values[head, first : row + 1].double()])
                 scores = 0.4 * own_keys @ queries[query_head, row].double()
                 probs = scores.softmax(0)
-                document = probs.clone()
-                document[:prefix], document[prefix + 17 :] = 0.0, 0.0
                 got = [part[head, member, row].double() for part in vars(exact).values()]
                 inside = scores[prefix : prefix + 17]
+                near = torch.cat([scores[:prefix], scores[prefix + 17 :]])
+                near_values = torch.cat([own_values[:prefix], own_values[prefix + 17 :]])
                 expected = (
                     scores.logsumexp(0), inside.softmax(0) @ all_values[head, prefix:], inside.logsumexp(0),
-                    (probs - document) @ own_values, 1.0 - document.sum(), probs @ own_values,
+                    near.softmax(0) @ near_values, near.logsumexp(0), probs @ own_values,
                 )  # fmt: skip
                 for mine, theirs in zip(got, expected, strict=True):
                     torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)
-    assert list(vars(exact)) == ["lse", "document", "document_lse", "rest", "rest_share", "out"]
+    assert list(vars(exact)) == ["lse", "document", "document_lse", "near", "near_lse", "out"]
 
 
 def test_row_weights_follow_their_sources() -> None:
@@ -408,7 +408,7 @@ def test_exponentials_and_products_equal_double_precision() -> None:
     scores = 0.7 * query.double() @ keys.double().mT + row_shift.double().unsqueeze(-1)
     plain = attention.exponentials(query, keys, 0.7, row_shift)
     torch.testing.assert_close(plain.double(), scores.exp(), rtol=1e-5, atol=0)
-    both = attention.exponentials(query, keys, 0.7, row_shift, key_shift)
+    both = attention.exponential_of(attention.scores(query, keys, key_shift, 0.7, row_shift), query)
     torch.testing.assert_close(both.double(), (scores + key_shift.double().unsqueeze(1)).exp(), rtol=1e-5, atol=0)
     product = attention.multiply(plain.mT, query)
     torch.testing.assert_close(product.double(), plain.double().mT @ query.double(), rtol=1e-5, atol=1e-5)
@@ -441,7 +441,8 @@ def test_half_precision_exponentials_err_by_one_in_a_thousand_at_most(
     for sizes in ((40.0, 0.0), (6.0, 34.0)):
         row_shift = sizes[0] * (2 * torch.rand(1, 200, generator=generator) - 1)
         key_shift = sizes[1] * (2 * torch.rand(1, 300, generator=generator) - 1)
-        shares = attention.exponentials(query, keys, scaling, row_shift, key_shift if sizes[1] else None)
+        found = attention.scores(query, keys, key_shift if sizes[1] else None, scaling, row_shift)
+        shares = attention.exponential_of(found, query)
         assert shares.dtype == torch.float16 and torch.isfinite(shares).all()
         exact = scores + row_shift.double().unsqueeze(-1) + key_shift.double().unsqueeze(1)
         normal = (exact > -9.0) & (exact < 10.0)  # below, float16 has fewer digits; above, it ends

@@ -28,6 +28,7 @@ from small_caches import put_together, take_apart
 from tiny_models import CHATML, TRAINING_TEXT, make_tiny
 
 from compactor import console, output
+from compactor.budget_profile import make_profile, write_profile
 from compactor.cli import app, reference
 from compactor.errors import (
     INTERRUPTED_EXIT_CODE,
@@ -50,6 +51,8 @@ DEFAULTS = {
     "query": "--quiet --device cpu -n 4",
     "batch": "--quiet --device cpu -m bad/tiny --queries context -o out",
     "inspect": "",
+    "recompact": "-o out.kv --force",
+    "budget": "-o out.kv --force",
 }
 PRECIOUS = b"an older result"
 LATIN = "\udce9"  # the byte e9 on a command line: e with an acute accent in Latin-1, no text in UTF-8
@@ -108,7 +111,7 @@ def write_models(bad: Path) -> None:
 def write_caches(bad: Path) -> None:
     import compactor
 
-    cache = compactor.compact(bad / "doc.txt", str(bad / "tiny"), keep_ratio=0.3, queries=("context",))
+    cache = compactor.compact(bad / "doc.txt", str(bad / "tiny"), keep_ratio=0.3, queries=("context",), certify=False)
     sizes = cache.save(bad / "doc.kv")
     raw = (bad / "doc.kv").read_bytes()
     (bad / "empty.kv").touch()
@@ -118,6 +121,9 @@ def write_caches(bad: Path) -> None:
     (bad / "tensor.kv").write_bytes(flipped(raw, 8 * (sizes.header_bytes + sizes.tensor_bytes // 2)))
     named = replace(cache.metadata, document_name="Größe.txt")
     replace(cache, metadata=named).save(bad / "named.kv")
+    there = replace(cache.metadata.model, name="bad/other", weights_fingerprint="0" * 64)
+    replace(cache, metadata=replace(cache.metadata, model=there)).save(bad / "other.kv")
+    write_profile(bad / "other.json", make_profile([bad / "other.kv"]))
     away = replace(cache.metadata, model=replace(cache.metadata.model, name="owner/absent"))
     replace(cache, metadata=away).save(bad / "hub.kv")
     for name, change in (("version.kv", {"format_version": 2}), ("scheme.kv", {"position_scheme": "ring"})):
@@ -139,12 +145,19 @@ CASES: dict[str, list[Case]] = {
         ("query bad/missing.kv Why?", CacheFileError, "does not exist"),
         ("inspect bad/missing.kv", CacheFileError, "does not exist"),
         ("inspect bad/missing.kv --verify", CacheFileError, "does not exist"),
+        ("recompact bad/missing.kv -r 0.1", CacheFileError, "does not exist"),
+        ("budget bad/doc.kv bad/missing.kv", CacheFileError, "does not exist"),
+        ("compact bad/doc.txt --budget bad/missing.json", SettingsError, "make one with `compactor budget`"),
+        ("batch bad/folder --budget bad/missing.json", SettingsError, "make one with `compactor budget`"),
         ("batch bad/missing", DocumentError, "does not exist"),
     ],
     "folder": [
         ("compact bad/folder", DocumentError, "use batch-compact"),
         ("query bad/folder Why?", CacheFileError, "is a folder"),
         ("inspect bad/folder", CacheFileError, "is a folder"),
+        ("recompact bad/folder -r 0.1", CacheFileError, "is a folder"),
+        ("budget bad/folder", CacheFileError, "is a folder"),
+        ("compact bad/doc.txt --budget bad/folder", SettingsError, "Is a directory"),
         ("batch bad/doc.txt", DocumentError, "use compact for it"),
     ],
     "empty": [
@@ -196,12 +209,18 @@ CASES: dict[str, list[Case]] = {
         ("query bad/tiny/model.safetensors Why?", CacheFileError, "safetensors file of another program"),
         ("query /dev/zero Why?", CacheFileError, "is a device or a pipe"),
         ("inspect bad/doc.txt", CacheFileError, "is not a compacted cache"),
+        ("recompact bad/doc.txt -r 0.1", CacheFileError, "is not a compacted cache"),
+        ("budget bad/doc.txt", CacheFileError, "is not a compacted cache"),
+        ("compact bad/doc.txt --budget bad/doc.txt", SettingsError, "is not a budget profile: it is not JSON"),
+        ("compact bad/doc.txt --budget bad/doc.kv", SettingsError, "is not a budget profile"),
+        ("compact bad/doc.txt --budget bad/tiny/config.json", SettingsError, "is JSON of another kind"),
         ("inspect bad/tiny/model.safetensors", CacheFileError, "safetensors file of another program"),
     ],
     "truncated": [
         ("query bad/cut.kv Why?", CacheFileError, "it is cut off, 1 bytes are missing"),
         ("query bad/stub.kv Why?", CacheFileError, "it is cut off"),
         ("inspect bad/cut.kv", CacheFileError, "it is cut off, 1 bytes are missing"),
+        ("recompact bad/cut.kv -r 0.1", CacheFileError, "it is cut off, 1 bytes are missing"),
         ("inspect bad/stub.kv", CacheFileError, "it is cut off"),
     ],
     "bit-flipped": [  # and below, in many places
@@ -212,6 +231,11 @@ CASES: dict[str, list[Case]] = {
     ],
     "another model": [
         ("query bad/doc.kv Why? -m bad/other", MismatchError, "bad/other (llama, 3 layers): the weights"),
+        (
+            "compact bad/doc.txt --budget bad/other.json",
+            MismatchError,
+            "is for bad/other (llama, 3 layers of 2 KV heads)",
+        ),
         ("query bad/doc.kv Why? -m bad/family", MismatchError, "bad/family (qwen2, 3 layers): the config"),
     ],
     "another tokenizer": [
@@ -242,6 +266,8 @@ CASES: dict[str, list[Case]] = {
         ("compact bad/doc.txt -o -", OutputError, "cannot go to stdout"),
         ("compact bad/doc.txt -o /dev/null", OutputError, "is a device or a pipe"),
         ("compact bad/doc.txt -o bad/doc.txt/out.kv", OutputError, "is a file, not a folder"),
+        ("recompact bad/doc.kv -r 0.1 -o no/such/out.kv", OutputError, "does not exist; create it first"),
+        ("budget bad/doc.kv -o bad/hollow", OutputError, "is a folder"),
         ("batch bad/folder -o bad/doc.txt", OutputError, "cannot be made"),
     ],
     "settings": [
@@ -257,6 +283,17 @@ CASES: dict[str, list[Case]] = {
         ("query bad/doc.kv Why? --device nonsense", SettingsError, "--device is 'nonsense'"),
         ("query bad/doc.kv Why? -n 0", SettingsError, "the least is 1"),
         ("batch bad/folder --chunk 1", SettingsError, "the least is 16"),
+        ("recompact bad/doc.kv", SettingsError, "Give the new size"),
+        ("recompact bad/doc.kv -r 0", SettingsError, "above 0 and at most 1"),
+        ("recompact bad/doc.kv -r 0.1", CacheFileError, "has no curves beside it"),
+        ("compact bad/doc.txt --max-error 0", SettingsError, "give a positive number"),
+        ("compact bad/doc.txt --max-error 0.1 --method kvzip", SettingsError, "need one of the methods fast, balanced"),
+        ("compact bad/doc.txt --budget b.json --method kvzip", SettingsError, "need one of the methods fast, balanced"),
+        (
+            "compact bad/doc.txt --max-error 0.1 --require-kl 0.1 --grow",
+            SettingsError,
+            "--max-error finds the size itself",
+        ),
     ],
 }
 ROWS = [pytest.param(*case, id=f"{item}-{case[0][:50]}") for item, cases in CASES.items() for case in cases]
@@ -447,7 +484,8 @@ def test_a_file_size_limit_of_the_system_leaves_the_older_result(place: Path) ->
             cwd=place, input=stdin, capture_output=True, text=True, check=False, preexec_fn=limit,
         )  # fmt: skip
 
-    assert "larger than the system allows" in refusal(run, place, "compact bad/doc.txt", OutputError.exit_code)
+    line = "compact bad/doc.txt --method streaming --no-certify"
+    assert "larger than the system allows" in refusal(run, place, line, OutputError.exit_code)
 
 
 @LINUX
@@ -639,7 +677,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     slow = tmp_path_factory.mktemp("slow")
     model = make_tiny("llama", slow / "tiny", num_layers=1, window=16384)
     (slow / "doc.txt").write_text(TRAINING_TEXT * 40)
-    compactor.compact(TRAINING_TEXT, str(model), queries=("context",)).save(slow / "doc.kv")
+    compactor.compact(TRAINING_TEXT, str(model), method="random", certify=False).save(slow / "doc.kv")
     (slow / "out.kv").write_bytes(PRECIOUS)
     return slow
 
@@ -666,7 +704,8 @@ def test_a_signal_in_the_middle_of_compact_leaves_the_older_result(slow: Path, p
         while not process.stderr.readline().startswith(f"{phase} (".encode()):
             assert process.poll() is None
 
-    line = "compact doc.txt -m tiny --device cpu -o out.kv --force --prefill-chunk 16 --self-study-tokens 60000"
+    line = "compact doc.txt -m tiny --device cpu -o out.kv --force --self-study-tokens 60000"
+    line += " --prefill-chunk 16" * (phase == "prefill")
     sentence = "error: interrupted; nothing was written"
     assert stopped(slow, line, number, ready) == (INTERRUPTED_EXIT_CODE, sentence)
 
@@ -704,7 +743,7 @@ os.fsync = fsync
 )
 def test_a_signal_while_libraries_load_or_the_file_is_written(slow: Path, moment: str, number: str) -> None:
     program = f"{moment.format(number=number)}\nfrom compactor.cli.app import compact_main\ncompact_main()"
-    words = "doc.txt -m tiny --device cpu --queries context -o out.kv --force --quiet"
+    words = "doc.txt -m tiny --device cpu --method streaming --no-certify -o out.kv --force --quiet"
     before = contents(slow)
     done = subprocess.run(
         [sys.executable, "-c", program, *words.split()],

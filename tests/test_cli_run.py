@@ -9,6 +9,9 @@ import pytest
 from conftest import Command
 from tiny_models import TRAINING_TEXT, make_tiny
 
+from compactor.cache_file import read_metadata
+from compactor.config import METHODS
+
 OPTIONS = ("--device", "cpu", "--self-study-tokens", "32", "--keep-ratio", "0.3", "--chunk", "64")
 QUESTIONS = ("What does clause 7 say?", "When is rent due?")
 
@@ -21,7 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     model = make_tiny("llama", folder / "tiny")
     (folder / "doc.txt").write_text(TRAINING_TEXT * 2)
-    cache = compactor.compact(folder / "doc.txt", str(model), keep_ratio=0.3, self_study_tokens=32, chunk=64)
+    options = {"keep_ratio": 0.3, "self_study_tokens": 32, "chunk": 64, "certify": False}
+    cache = compactor.compact(folder / "doc.txt", str(model), **options)
     cache.save(folder / "doc.kv")
     return folder
 
@@ -47,6 +51,57 @@ def test_compact_for_programs_prints_one_json_document(invoke: Command, folder: 
     assert made["report"]["kept_keys"] == round(0.3 * made["report"]["document_keys"])
     assert sum(made["file"].values()) == (tmp_path / "doc.kv").stat().st_size
     assert made["file"]["tensor_bytes"] == made["report"]["tensor_bytes"] < made["report"]["full_bytes"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_of_every_method_answers(method: str, invoke: Command, folder: Path, tmp_path: Path) -> None:
+    words = ("compact", folder / "doc.txt", "-m", folder / "tiny", *OPTIONS, "--method", method)
+    done = invoke(*words, "--no-certify", "--quiet", "--json")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    made = json.loads(done.stdout)
+    assert made["settings"]["method"] == method
+    assert 0.2 < made["report"]["kept_ratio"] < 0.36
+    assert made["report"]["tensor_bytes"] < made["report"]["full_bytes"]
+    asked = invoke("query", "doc.kv", "--device", "cpu", "-n", "4", "--json", *QUESTIONS)
+    assert asked.returncode == 0, asked.stderr
+    answers = [json.loads(line) for line in asked.stdout.splitlines()]
+    assert [answer["question"] for answer in answers] == list(QUESTIONS)
+    assert all(0 < answer["usage"]["answer_tokens"] <= 4 for answer in answers)
+
+
+def test_max_error_finds_a_size_whose_error_is_below_the_bound(invoke: Command, folder: Path, tmp_path: Path) -> None:
+    """A tighter bound takes more keys, and neither takes all of them."""
+    reports = []
+    for bound in ("0.5", "0.25"):
+        options = ("--device", "cpu", "--queries", "repeat", "--chunk", "64", "--no-certify", "--max-error", bound)
+        done = invoke("compact", folder / "doc.txt", "-m", folder / "tiny", *options, "--json", "-o", f"{bound}.kv")
+        assert done.returncode == 0, done.stderr
+        assert f"--max-error {bound}" in done.stderr
+        reports.append(json.loads(done.stdout)["report"])
+        assert 0 < reports[-1]["reconstruction_error"] <= float(bound)
+    assert reports[0]["kept_keys"] < reports[1]["kept_keys"] < reports[1]["document_keys"]
+
+
+def test_a_profile_of_caches_shares_the_keys_of_the_next_document(
+    invoke: Command, folder: Path, tmp_path: Path
+) -> None:
+    """Every head gets the share that it had in the caches, to the rounding to whole keys."""
+    learnt = invoke("budget", folder / "doc.kv", "-o", "profile.json", "--json")
+    assert learnt.returncode == 0, learnt.stderr
+    shares = [share for layer in json.loads(learnt.stdout)["shares"] for share in layer]
+    (tmp_path / "next.txt").write_text(TRAINING_TEXT.replace("30 days", "40 days") * 3)
+    words = ("compact", "next.txt", "-m", folder / "tiny", *OPTIONS, "--no-certify", "--quiet", "--json")
+    done = invoke(*words, "--keep-ratio", "0.2", "--budget", "profile.json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["settings"]["budget"] == "profile.json"
+    metadata, table = read_metadata(tmp_path / "next.kv")
+    counts = [length - metadata.prefix_length for layer in table.head_lengths for length in layer]
+    assert sum(counts) == made["report"]["kept_keys"] == round(0.2 * made["report"]["document_keys"])
+    assert len(set(counts)) > 1
+    for count, share in zip(counts, shares, strict=True):
+        assert count == pytest.approx(share * sum(counts), abs=1)
+    assert invoke("query", "next.kv", "-n", "4", QUESTIONS[0]).returncode == 0
 
 
 def test_dry_run_reads_standard_input_and_writes_nothing(invoke: Command, folder: Path, tmp_path: Path) -> None:

@@ -11,10 +11,16 @@ from compactor.solve import greedy
 from compactor.solve.greedy import Picks, forward_ols, pool_violators
 
 
-def problem(num_keys: int, num_targets: int, seed: int, num_rows: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns as attention makes them, non-negative and alike, and targets as combinations of them; float64."""
+def problem(
+    num_keys: int, num_targets: int, seed: int, num_rows: int = 60, alike: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns as attention makes them, non-negative, and targets as combinations of them; float64.
+
+    With ``alike`` all keys share most of their attention.
+    """
     generator = torch.Generator().manual_seed(seed)
     columns = torch.randn(num_rows, num_keys, generator=generator, dtype=torch.float64).mul(1.5).softmax(-1)
+    columns += alike * torch.rand(num_rows, 1, generator=generator, dtype=torch.float64)
     return columns, torch.randn(num_keys, num_targets, generator=generator, dtype=torch.float64)
 
 
@@ -55,9 +61,10 @@ def assert_permutations(picks: Picks) -> None:
 # ------------------------------------------------------------------------------------------------ the greedy search
 
 
+@pytest.mark.parametrize("alike", [0.0, 2.0])
 @pytest.mark.parametrize("num_targets", [1, 5])
-def test_picks_and_gains_equal_brute_force_orthogonal_least_squares(num_targets: int) -> None:
-    problems = [problem(18, num_targets, seed) for seed in range(3)]
+def test_picks_and_gains_equal_brute_force_orthogonal_least_squares(num_targets: int, alike: float) -> None:
+    problems = [problem(18, num_targets, seed, alike=alike) for seed in range(3)]
     picks = forward_ols(batch(*(c for c, _ in problems)), torch.stack([t for _, t in problems]), 18)
     assert_permutations(picks)
     for index, (columns, targets) in enumerate(problems):

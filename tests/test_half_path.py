@@ -62,7 +62,7 @@ def test_exponentials_are_exact_to_the_rounding_of_their_result(emulated: None) 
     exact = query.double() @ keys.double().mT * 0.125
     lse, bias = exact.logsumexp(-1), torch.randn(2, 70, generator=generator)
     assert float(exact.abs().max()) > 2000
-    result = attention.exponentials(query, keys, 0.125, -lse.float(), bias)
+    result = attention.exponential_of(attention.scores(query, keys, bias, 0.125, -lse.float()), query)
     expected = (exact - lse.unsqueeze(-1) + bias.double().unsqueeze(1)).exp()
     assert result.dtype == torch.float16
     torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=1e-6)

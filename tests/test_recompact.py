@@ -14,19 +14,28 @@ from typing import Any
 import pytest
 import torch
 import typer
+from conftest import Command
 from scipy.linalg import lstsq
 from scipy.optimize import lsq_linear
 from small_caches import DTYPES, assert_bit_equal, make_layer, make_metadata
+from tiny_models import TRAINING_TEXT, make_tiny
 from typer.testing import CliRunner
 
+from compactor.attach import load
 from compactor.cache_file import load_cache, save_cache
 from compactor.cli.recompact import recompact_command
-from compactor.config import CompactSettings
+from compactor.config import BASELINES, CompactSettings, DecodeSettings
 from compactor.curves import Curves, LayerCurves, curves_path, load_curves, save_curves
+from compactor.document import make_document
 from compactor.errors import CacheFileError, CompactorError, OutputError, SettingsError
+from compactor.evaluate.compare import compare_answers
+from compactor.job import prepare
+from compactor.model import load_model
+from compactor.pipeline import compact_prefilled
 from compactor.recompact import recompact, shrink_cache
 from compactor.solve.budget import allocate
 from compactor.solve.shrink import HeadCurve, chunk_blocks, chunk_grams, shrink_head, smaller_counts
+from compactor.study import prefill_document
 from compactor.types import CacheMetadata, LayerCache
 
 APP = typer.Typer()
@@ -437,3 +446,113 @@ def test_a_library_call_does_the_same(saved: Path) -> None:
     smaller = recompact(saved, second, CompactSettings(keep_ratio=0.2))
     assert second.read_bytes() == first.read_bytes()
     assert DTYPES[smaller.metadata.dtype] == smaller.layers[0].keys.dtype
+
+
+# ------------------------------------------------------------------------------------------------- end to end
+
+KEEPING = ("--device", "cpu", "--self-study-tokens", "32", "--chunk", "64", "--no-certify", "--quiet", "--keep-curves")
+QUESTION = "What does clause 7 say?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny models, one with sliding layers, and a document."""
+    folder = tmp_path_factory.mktemp("recompact")
+    for family in ("llama", "gemma3_text"):
+        make_tiny(family, folder / family)
+    (folder / "doc.txt").write_text(TRAINING_TEXT * 2)
+    return folder
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", "balanced"), ("llama", "fast"), ("gemma3_text", "balanced")])
+def test_compact_keeps_curves_and_a_smaller_file_made_of_them_answers(
+    family: str, method: str, invoke: Command, folder: Path, tmp_path: Path
+) -> None:
+    words = ("compact", folder / "doc.txt", "-m", folder / family, *KEEPING, "--method", method)
+    done = invoke(*words, "--keep-ratio", "0.5")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["doc.kv", "doc.kv.curves"]
+    large, _ = load_cache(tmp_path / "doc.kv")
+    for layer, curves in zip(large, load_curves(tmp_path / "doc.kv").layers, strict=True):
+        assert (curves is None) == (layer.sliding_window is not None)
+
+    made = invoke("recompact", "doc.kv", "-o", "small.kv", "--keep-ratio", "0.2", "--json")
+    assert (made.returncode, made.stderr) == (0, ""), made.stderr
+    report = json.loads(made.stdout)["report"]
+    assert report["kept_keys"] == round(0.2 * report["document_keys"])
+    assert report["recompacted_from"]["kept_keys"] == round(0.5 * report["document_keys"])
+    assert 0 < report["recompaction_error"] < 1
+    assert (tmp_path / "small.kv").stat().st_size < (tmp_path / "doc.kv").stat().st_size
+    asked = invoke("query", "small.kv", "--device", "cpu", "-n", "4", "--json", QUESTION)
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["usage"]["answer_tokens"] > 0
+    again = invoke("recompact", "small.kv", "-o", "smaller.kv", "--target-tokens", "5")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_recompacted_cache_is_far_nearer_to_the_full_one_than_chance(folder: Path, tmp_path: Path) -> None:
+    job = prepare(
+        make_document("doc", TRAINING_TEXT * 2),
+        load_model(str(folder / "llama"), device="cpu"),
+        CompactSettings(keep_ratio=0.6, self_study_tokens=32, chunk=64, certify=False, keep_curves=True),
+    )
+    full = prefill_document(job)
+    compact_prefilled(job, full).save(tmp_path / "doc.kv")
+    recompact(tmp_path / "doc.kv", tmp_path / "small.kv", CompactSettings(keep_ratio=0.3))
+    results = compare_answers(job, full, load(tmp_path / "small.kv"), [QUESTION], DecodeSettings(max_new_tokens=16))
+    kl = results[0].kl
+    assert 0 < kl["compacted"] < 0.5 * min(kl["random keys"], kl["truncated document"])
+
+
+def test_a_cache_without_its_sidecar_cannot_be_recompacted(invoke: Command, folder: Path, tmp_path: Path) -> None:
+    """Neither one that was made without --keep-curves, nor one whose sidecar is of an earlier run."""
+    words = ("compact", folder / "doc.txt", "-m", folder / "llama", "--method", "fast", *KEEPING[:-1], "-o", "doc.kv")
+    assert invoke(*words).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["doc.kv"]
+    done = invoke("recompact", "doc.kv", "-o", "small.kv", "-r", "0.05")
+    assert (done.returncode, done.stdout) == (5, "")
+    [error] = done.stderr.splitlines()
+    assert error.startswith("error: doc.kv has no curves beside it") and "--keep-curves" in error
+    assert invoke(*words, "--keep-curves", "--force").returncode == 0
+    assert invoke(*words, "--seed", "1", "--keep-ratio", "0.2", "--force").returncode == 0
+    done = invoke("recompact", "doc.kv", "-o", "small.kv", "-r", "0.05")
+    assert done.returncode == 5 and "does not belong to this doc.kv" in done.stderr
+    assert not (tmp_path / "small.kv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--keep-ratio", "1"), "--keep-curves with --keep-ratio 1 has nothing to learn"),
+        (("--target-tokens", "100000"), "--keep-curves has nothing to learn where every key is kept"),
+        *((("--method", method), "--keep-curves need one of the methods fast, balanced, best") for method in BASELINES),
+    ],
+)
+def test_curves_that_cannot_be_learnt_are_refused(
+    options: tuple[str, ...], words: str, invoke: Command, folder: Path, tmp_path: Path
+) -> None:
+    done = invoke("compact", folder / "doc.txt", "-m", folder / "llama", *KEEPING, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    [error] = done.stderr.splitlines()
+    assert error.startswith("error: ") and words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sidecar_in_the_way_is_refused_before_the_work(invoke: Command, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "doc.kv.curves").write_text("mine")
+    done = invoke("compact", "missing.txt", "-o", "doc.kv", *KEEPING)
+    assert done.returncode == 7
+    assert done.stderr == "error: doc.kv.curves exists already; pass --force to replace it.\n"
+    assert (tmp_path / "doc.kv.curves").read_text() == "mine"
+
+
+def test_a_batch_keeps_curves_beside_every_cache(invoke: Command, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "docs" / name).write_text(f"{name}: {TRAINING_TEXT}")
+    words = ("batch", "docs", "-o", "out", "-m", folder / "llama", *KEEPING, "--method", "fast", "--keep-ratio", "0.5")
+    assert invoke(*words).returncode == 0
+    for name in ("a", "b"):
+        small = invoke("recompact", f"out/{name}.txt.kv", "-o", f"{name}.kv", "-r", "0.2")
+        assert small.returncode == 0, small.stderr
+    assert "2 unchanged" in invoke(*words).stdout

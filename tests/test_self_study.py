@@ -26,8 +26,12 @@ from compactor.study import prefill_document
 from compactor.types import LayerCache, SilentReporter
 
 TEXT = "The tenant shall pay rent on the first day of each month. Clause 7 says that repairs are paid by the tenant. "
-SECTION_PROMPTS = [[[30, 31, 32, 33], [50]], [[41, 42, 43, 44, 45, 46, 47], [60, 61]], [[33, 34], [70, 71, 72, 73, 74]]]
-WHOLE_PROMPTS = [[80, 81, 82], [90], [30, 31, 32, 33]]
+SECTION_PROMPTS = [
+    [[30, 31, 32, 33], [50]],
+    [list(range(41, 61)), [60, 61]],
+    [[33, 34], [70, 71, 72, 73, 74]],
+]  # longer than a window
+WHOLE_PROMPTS = [list(range(80, 105)), [90], [30, 31, 32, 33]]
 FAMILIES = ("llama", "gemma3_text")
 
 
@@ -302,25 +306,3 @@ def test_an_answer_is_cut_where_a_long_run_of_tokens_comes_again() -> None:
     short = [*cycle[: length - 1], 1, *cycle[: length - 1], 2]
     assert until_repetition(short) == short  # a shorter run may come again
     assert until_repetition([]) == [] and until_repetition([4]) == [4]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "1. **Question:** Who pays the rent?\n**Answer:** The tenant.\n"
-        "2. **Question:** When is it due?\n**Answer:** On the first.",
-        "Q1: Who pays the rent?\nA1: The tenant.\n\nQ2: When is it due?\nA2: On the first.",
-        "- Who pays the rent? The tenant.\n- When is it due?\n  On the first.",
-        "Here are the pairs:\nWho pays the rent?\nThe\ntenant.\nWhen is it due?\nOn the first.\nWhat remains open?",
-    ],
-    ids=["markdown", "labels", "one line", "plain"],
-)
-def test_question_and_answer_pairs_are_read_from_an_answer(text: str) -> None:
-    assert self_study.exchanges(text) == [
-        ("Who pays the rent?", "The tenant."),
-        ("When is it due?", "On the first."),
-    ]
-
-
-def test_text_without_a_question_gives_no_pair() -> None:
-    assert self_study.exchanges("The rent is due.\nWhy?\nSo.") == []

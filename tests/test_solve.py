@@ -227,7 +227,8 @@ class Case:
         exact = self.attend(self.document_keys, self.document_values, torch.zeros(len(self.document_keys)))
         lse, share, rest, out = (part.float() for part in exact)
         held_out = torch.arange(self.queries.shape[1]) % 5 == 4
-        return Rows(self.queries, 1.0, torch.full_like(lse, weight), lse, share, rest, out, held_out)
+        near = rest / share.unsqueeze(-1)
+        return Rows(self.queries, 1.0, torch.full_like(lse, weight), lse, share.log(), near, out, held_out)
 
     def error(self, fit: HeadFit) -> float:
         """True squared error of a fitted head on all rows."""
@@ -259,7 +260,18 @@ def test_the_fit_reports_the_true_error_and_beats_unfitted_keys() -> None:
     assert one.error(unfitted) == pytest.approx(fit.unfitted_error, rel=1e-4)
     plain = replace(unfitted, biases=torch.zeros(20))
     assert measured < 0.5 * one.error(plain)
-    assert float(rows.rest_share.mean()) < 0.5
+    assert float(rows.near_share.exp().mean()) < 0.5
+
+
+def test_a_row_that_loses_all_it_looked_at_stays_finite() -> None:
+    """One key has all the attention, by hundreds of nats, and is not kept."""
+    one = case(40)
+    one.document_keys[7] = 300.0 * one.queries[0].mean(0) / one.queries[0].mean(0).norm()
+    fit = fit_head(one.parts, [one.rows()], torch.cat([torch.arange(8, 40), torch.arange(8)]), 10, CompactSettings())
+    assert 7 not in fit.kept.tolist()
+    assert torch.isfinite(fit.values).all()
+    assert 0 < fit.squared_error < float("inf")
+    assert one.error(fit) == pytest.approx(fit.squared_error, rel=1e-3)
 
 
 def test_row_weights_multiply_the_squared_error() -> None:
@@ -445,21 +457,23 @@ def test_context_rows_see_earlier_spans_as_document_and_their_own_as_local(monke
             past = position // 4 * 4
             scores = 0.4 * keys[head, : 3 + position + 1].double() @ queries[query_head, position].double()
             probs, own = scores.softmax(0), values[head, : 3 + position + 1].double()
-            rest = probs.clone()
-            rest[3 : 3 + past] = 0.0
+            near = torch.cat([scores[:3], scores[3 + past :]])
+            near_own = torch.cat([own[:3], own[3 + past :]])
             assert float(rows.lse[head, member, index]) == pytest.approx(float(scores.logsumexp(0)), rel=1e-5)
-            assert float(rows.rest_share[head, member, index]) == pytest.approx(float(rest.sum()), rel=1e-4)
+            share = float((near.logsumexp(0) - scores.logsumexp(0)).exp())
+            assert float(rows.near_share[head, member, index].exp()) == pytest.approx(share, rel=1e-4)
             torch.testing.assert_close(rows.out[head, member, index].double(), probs @ own, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(rows.rest[head, member, index].double(), rest @ own, atol=1e-5, rtol=1e-4)
+            got = rows.near[head, member, index].double()
+            torch.testing.assert_close(got, near.softmax(0) @ near_own, atol=1e-5, rtol=1e-4)
             weight = 0.5**0.5 * [1.0, 0.5, 2.0, 1.0][query_head]
             assert float(rows.root_weights[head, member, index]) == pytest.approx(weight)
     (block,) = rows.head(1).blocks(14)
     shares = kept_attention(block, keys[1, 3:], torch.arange(14))
     stops = rows.document_stop.repeat(2)
     assert not shares[0][torch.arange(14) >= stops.unsqueeze(-1)].any()
-    torch.testing.assert_close(shares.sum(-1), 1.0 - block.rest_share, atol=1e-5, rtol=1e-4)
-    _, faded = fitted_attention(block, keys[1, 3:], torch.zeros(14), torch.arange(14))
-    torch.testing.assert_close(faded, torch.ones_like(faded), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shares.sum(-1), 1.0 - block.near_share.exp(), atol=1e-5, rtol=1e-4)
+    _, left = fitted_attention(block, keys[1, 3:], torch.zeros(14), torch.arange(14))
+    torch.testing.assert_close(left, block.near_share.exp(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_document_of_one_span_has_no_context_rows() -> None:

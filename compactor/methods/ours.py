@@ -143,4 +143,6 @@ def report(study: Study, fits: dict[int, FitLayer], weights: dict[str, float]) -
 def relative_error(parts: list[tuple[float, float]]) -> float:
     """Return sqrt(sum of errors / sum of energies), 0 when there is no energy."""
     energy = sum(part[1] for part in parts)
+    if energy != energy:  # not a number: say so instead of hiding it
+        return float("nan")
     return (sum(part[0] for part in parts) / energy) ** 0.5 if energy > 0 else 0.0

@@ -5,11 +5,11 @@ values (values.py), both jointly over the kept keys of all chunks and with the t
 attention over its compacted self, so that the next layer sees what it will see at decode time.
 
 Exact attention is computed once per row. What prefix and local keys give to it does not change when the document is
-compacted, except for the normaliser: with lse and rest_i (their share of the output under lse) known, a row needs only
-its scores on the kept keys:
+compacted, except for the normaliser: with their log-sum-exp and output known, a row needs only its scores on the kept
+keys:
 
-    lse' = log(exp(lse) r_i + sum over kept j of exp(s q_i.k_j + beta_j)),   r_i = share of prefix and local keys
-    out'_i = exp(lse - lse') rest_i + sum over kept j of exp(s q_i.k_j + beta_j - lse') v'_j
+    lse' = log(exp(near_lse) + sum over kept j of exp(s q_i.k_j + beta_j))
+    out'_i = exp(near_lse - lse') near_i + sum over kept j of exp(s q_i.k_j + beta_j - lse') v'_j
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Rows:
     scaling: float
     root_weights: torch.Tensor  # (group, num_rows) float32: square roots of the row weights
     lse: torch.Tensor  # (group, num_rows) float32: over prefix, document and local keys
-    rest_share: torch.Tensor  # (group, num_rows) float32: attention on prefix and local keys
-    rest: torch.Tensor  # (group, num_rows, head_dim) float32: their part of the output
+    near_share: torch.Tensor  # (group, num_rows) float32: logarithm of the attention on prefix and local keys
+    near: torch.Tensor  # (group, num_rows, head_dim) float32: their output, normalised among themselves
     out: torch.Tensor  # (group, num_rows, head_dim) float32: the whole output
     held_out: torch.Tensor  # (num_rows,) bool: chooses the ridge instead of being fitted
     document_stop: torch.Tensor | None = None  # (num_rows,) int64: document keys that the row sees; None is all
@@ -86,7 +86,7 @@ class Rows:
     def head(self, index: int) -> Rows:
         """Return the rows of one KV head."""
         own = {
-            name: getattr(self, name)[index] for name in ("queries", "root_weights", "lse", "rest_share", "rest", "out")
+            name: getattr(self, name)[index] for name in ("queries", "root_weights", "lse", "near_share", "near", "out")
         }
         return replace(self, **own)
 
@@ -103,8 +103,8 @@ class Rows:
                 self.scaling,
                 self.root_weights[:, rows].reshape(1, -1),
                 self.lse[:, rows].reshape(1, -1),
-                self.rest_share[:, rows].reshape(1, -1),
-                self.rest[:, rows].flatten(0, 1).unsqueeze(0),
+                self.near_share[:, rows].reshape(1, -1),
+                self.near[:, rows].flatten(0, 1).unsqueeze(0),
                 self.out[:, rows].flatten(0, 1).unsqueeze(0),
                 self.held_out[rows].repeat(group),
                 None if self.document_stop is None else self.document_stop[rows].repeat(group),
@@ -166,7 +166,8 @@ def segment_rows(
     roots = gains * layer.packed.row_weights(inputs.source_weights, queries.device).sqrt()
     grouped = queries.view(num_kv_heads, -1, num_rows, queries.shape[-1])
     held_out = held_out_rows(num_rows, queries.device)
-    return Rows(grouped, scaling, roots, exact.lse, exact.rest_share, exact.rest, exact.out, held_out)
+    near_share = exact.near_lse - exact.lse
+    return Rows(grouped, scaling, roots, exact.lse, near_share, exact.near, exact.out, held_out)
 
 
 def context_rows(full: LayerCache, inputs: FitInputs, queries: torch.Tensor, scaling: float) -> Rows:
@@ -188,21 +189,23 @@ def context_rows(full: LayerCache, inputs: FitInputs, queries: torch.Tensor, sca
         seen = prefix + stop
         scores = torch.bmm(rows, keys[:, :seen].mT).view(num_kv_heads, -1, stop - start, seen)
         attention.hide_future(scores)
+        near = torch.cat([scores[..., :prefix], scores[..., prefix + past :]], dim=-1)
+        near_values = torch.cat([values[:, :prefix], values[:, prefix + past : seen]], dim=1)
+        near_lse = near.logsumexp(-1)
+        near_out = attention.weigh_values(near.sub_(near_lse.unsqueeze(-1)).exp_(), near_values)
+        out = attention.weigh_values(scores.softmax(-1), values[:, :seen])
         lse = scores.logsumexp(-1)
-        probs = scores.sub_(lse.unsqueeze(-1)).exp_()
-        rest = attention.weigh_values(probs[..., :prefix], values[:, :prefix])
-        rest += attention.weigh_values(probs[..., prefix + past :], values[:, prefix + past : seen])
-        document = attention.weigh_values(probs[..., prefix : prefix + past], values[:, prefix : prefix + past])
-        share = probs[..., :prefix].sum(-1) + probs[..., prefix + past :].sum(-1)
-        parts.append((grouped[:, :, start:stop].to(device), lse, share, rest, rest + document))
+        parts.append((grouped[:, :, start:stop].to(device), lse, near_lse - lse, near_out, out))
     if not parts:
         shape = (num_kv_heads, grouped.shape[1], 0)
         none = torch.zeros(*shape, queries.shape[-1], device=device)
         parts.append((none, torch.zeros(shape, device=device), torch.zeros(shape, device=device), none, none))
-    own, lse, share, rest, out = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    own, lse, near_share, near_out, out = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     weight = inputs.source_weights["context"] ** 0.5
     roots = (inputs.head_gains.to(device).view(num_kv_heads, -1, 1) * weight).expand(lse.shape)
-    return Rows(own, scaling, roots, lse, share, rest, out, held_out_rows(lse.shape[2], device), stops[first_row:])
+    return Rows(
+        own, scaling, roots, lse, near_share, near_out, out, held_out_rows(lse.shape[2], device), stops[first_row:]
+    )
 
 
 def held_out_rows(count: int, device: torch.device) -> torch.Tensor:
@@ -227,7 +230,8 @@ def fit_head(keys: HeadKeys, parts: list[Rows], order: torch.Tensor, count: int,
         for block in rows.blocks(reserve):
             roots = block.root_weights.unsqueeze(-1)
             shares = kept_attention(block, keys.stored_keys[candidates], candidates)
-            sums.add((shares * roots.to(shares.dtype))[0], ((1.0 - block.rest_share.unsqueeze(-1)) * roots)[0])
+            mass = -torch.expm1(block.near_share.unsqueeze(-1))  # 1 - the attention on prefix and local keys
+            sums.add((shares * roots.to(shares.dtype))[0], (mass * roots)[0])
         energy += energy_of(rows.out * rows.root_weights.unsqueeze(-1))
     chosen, scale, converged = choose_biases(sums.gram, sums.rhs[:, 0], count, settings)
     by_position = candidates[chosen.to(device)].sort()
@@ -281,8 +285,10 @@ def fit_head_values(
     kept_keys, kept_values = keys.stored_keys[kept], keys.values[kept]
     for rows in parts:
         for block in rows.blocks(len(kept)):
-            shares, faded = fitted_attention(block, kept_keys, biases, kept)
-            missing = block.out - faded.unsqueeze(-1) * block.rest - attention.multiply(shares, kept_values[None])
+            shares, near_weights = fitted_attention(block, kept_keys, biases, kept)
+            missing = (
+                block.out - near_weights.unsqueeze(-1) * block.near - attention.multiply(shares, kept_values[None])
+            )
             roots, aside = block.root_weights.unsqueeze(-1), block.held_out
             shares, missing = (shares * roots.to(shares.dtype))[0], (missing * roots)[0]
             for sums, member in ((train, ~aside), (held_out, aside)):
@@ -297,11 +303,16 @@ def fit_head_values(
 def fitted_attention(
     rows: Rows, kept_keys: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return attention to the kept keys under the compacted normaliser, (group, rows, num_kept), and by how much the
-    attention to prefix and local keys fades, exp(lse - lse'), (group, rows)."""
-    weights = kept_attention(rows, kept_keys, kept, biases)
-    faded = 1.0 / (rows.rest_share + weights.sum(-1, dtype=torch.float32))
-    return weights.mul_(faded.unsqueeze(-1).to(weights.dtype)), faded
+    """Return attention to the kept keys under the compacted normaliser, (group, rows, num_kept), and the attention that
+    is left to prefix and local keys together, (group, rows).
+
+    Taken in logarithms: a row that looked at one key which is not kept may have nothing else within range of a float.
+    """
+    scores = attention.scores(rows.queries, *for_each(rows, kept_keys, biases), rows.scaling, -rows.lse)
+    hide_later(scores, rows, kept, -math.inf)
+    shift = torch.logaddexp(scores.logsumexp(-1), rows.near_share)  # lse' - lse
+    scores -= shift.unsqueeze(-1)
+    return attention.exponential_of(scores, rows.queries), (rows.near_share - shift).exp()
 
 
 def fitted_output(rows: Rows, kept_keys: torch.Tensor, kept_values: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
@@ -309,26 +320,34 @@ def fitted_output(rows: Rows, kept_keys: torch.Tensor, kept_values: torch.Tensor
     everything = torch.zeros(len(biases), dtype=torch.int64, device=biases.device)
     parts = []
     for block in rows.blocks(len(biases)):
-        shares, faded = fitted_attention(block, kept_keys, biases, everything)
-        part = attention.multiply(shares, kept_values[None]) + faded.unsqueeze(-1) * block.rest
+        shares, near_weights = fitted_attention(block, kept_keys, biases, everything)
+        part = attention.multiply(shares, kept_values[None]) + near_weights.unsqueeze(-1) * block.near
         parts.append(part.view(rows.out.shape[0], -1, rows.out.shape[-1]))
     return torch.cat(parts, dim=1)
 
 
-def kept_attention(
-    rows: Rows, stored_keys: torch.Tensor, positions: torch.Tensor, biases: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention of a block of rows to some document keys under the full normaliser, times exp(bias).
+def kept_attention(rows: Rows, stored_keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Attention of a block of rows to some document keys under the full normaliser.
 
-    stored_keys: (num_keys, head_dim); positions: (num_keys,) int64; biases: (num_keys,) float32. Returns
-    (group, rows, num_keys), float16 where `attention.is_fast`, else float32.
+    stored_keys: (num_keys, head_dim); positions: (num_keys,) int64. Returns (group, rows, num_keys), float16 where
+    `attention.is_fast`, else float32.
     """
-    keys = stored_keys.unsqueeze(0).expand(len(rows.queries), -1, -1)
-    key_shift = None if biases is None else biases.unsqueeze(0).expand(len(rows.queries), -1)
-    shares = attention.exponentials(rows.queries, keys, rows.scaling, -rows.lse, key_shift)
-    if rows.document_stop is not None:
-        shares.masked_fill_(positions >= rows.document_stop.unsqueeze(-1), 0.0)
+    keys, _ = for_each(rows, stored_keys, None)
+    shares = attention.exponentials(rows.queries, keys, rows.scaling, -rows.lse)
+    hide_later(shares, rows, positions, 0.0)
     return shares
+
+
+def for_each(rows: Rows, keys: torch.Tensor, biases: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Repeat keys (num_keys, head_dim) and biases (num_keys,) for the leading dimension of the rows, without a copy."""
+    count = len(rows.queries)
+    return keys.expand(count, -1, -1), None if biases is None else biases.expand(count, -1)
+
+
+def hide_later(scores: torch.Tensor, rows: Rows, positions: torch.Tensor, value: float) -> None:
+    """Fill the entries of document keys that a row does not see."""
+    if rows.document_stop is not None:
+        scores.masked_fill_(positions >= rows.document_stop.unsqueeze(-1), value)
 
 
 def solve_device(device: torch.device) -> torch.device:
