@@ -41,7 +41,8 @@ def compact(
     its ``tokenizer``. ``options`` are the fields of ``CompactSettings`` (``keep_ratio=0.05``, ``seed=1``),
     where ``settings`` is not given.
 
-    Raises SettingsError, DocumentError, ModelError or MemoryShortError.
+    Raises SettingsError, DocumentError, ModelError, MemoryShortError, or FidelityError where the certificate shows more
+    than ``require_kl``.
     """
     from compactor import pipeline
     from compactor.config import CompactSettings

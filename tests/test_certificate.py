@@ -395,6 +395,14 @@ def test_grow_reaches_the_bound_and_records_what_it_tried(tmp_path: Path) -> Non
     assert all(kl > bound for kl in distances[:-1]) and len(distances) > 2
 
 
+def test_with_max_error_the_remedy_is_a_lower_bound(tmp_path: Path) -> None:
+    """The size is not the user's to raise, and the search ended long before every key was kept."""
+    loaded = study_of(tmp_path).job.loaded
+    settings = CompactSettings(max_error=0.9, queries=("repeat",), require_kl=1e-9)
+    with pytest.raises(FidelityError, match="; lower --max-error"):
+        compact(document(), loaded, settings)
+
+
 def test_grow_ends_at_the_full_cache(tmp_path: Path) -> None:
     """In bfloat16 even all keys are a rounding away from the float32 cache; less than that cannot be had."""
     loaded = study_of(tmp_path).job.loaded

@@ -204,12 +204,12 @@ class Case:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Attention over prefix, given and local keys in float64, written out row by row: the oracle.
 
-        Returns lse, the share of prefix and local keys, what these add to the output, and the output.
+        Returns lse, the logarithm of the share of prefix and local keys, their output among themselves, and the output.
         """
         group, q_len, head_dim = self.queries.shape
         prefix, num_given = len(self.prefix_keys), len(keys)
         lse, share = torch.zeros(2, group, q_len, dtype=torch.float64)
-        rest, out = torch.zeros(2, group, q_len, head_dim, dtype=torch.float64)
+        near, out = torch.zeros(2, group, q_len, head_dim, dtype=torch.float64)
         for g in range(group):
             for i in range(q_len):
                 seen = len(self.local_keys) - q_len + i + 1
@@ -219,16 +219,15 @@ class Case:
                 scores[prefix : prefix + num_given] += biases.double()
                 probs = scores.softmax(0)
                 lse[g, i], out[g, i] = scores.logsumexp(0), probs @ all_values
-                probs[prefix : prefix + num_given] = 0.0
-                share[g, i], rest[g, i] = probs.sum(), probs @ all_values
-        return lse, share, rest, out
+                scores[prefix : prefix + num_given] = -torch.inf
+                share[g, i], near[g, i] = scores.logsumexp(0) - lse[g, i], scores.softmax(0) @ all_values
+        return lse, share, near, out
 
     def rows(self, weight: float = 1.0) -> Rows:
         exact = self.attend(self.document_keys, self.document_values, torch.zeros(len(self.document_keys)))
-        lse, share, rest, out = (part.float() for part in exact)
+        lse, share, near, out = (part.float() for part in exact)
         held_out = torch.arange(self.queries.shape[1]) % 5 == 4
-        near = rest / share.unsqueeze(-1)
-        return Rows(self.queries, 1.0, torch.full_like(lse, weight), lse, share.log(), near, out, held_out)
+        return Rows(self.queries, 1.0, torch.full_like(lse, weight), lse, share, near, out, held_out)
 
     def error(self, fit: HeadFit) -> float:
         """True squared error of a fitted head on all rows."""
@@ -291,8 +290,8 @@ def test_the_values_are_the_best_that_a_ridge_can_find() -> None:
     for j in range(10):  # attention to kept key j: the output when its value is 1 and all others are 0
         unit = torch.zeros(10, 8)
         unit[j] = 1.0
-        _, _, rest, out = one.attend(one.document_keys[kept], unit, biases)
-        columns.append((out - rest)[..., 0].flatten())
+        _, share, near, out = one.attend(one.document_keys[kept], unit, biases)
+        columns.append((out - share.exp().unsqueeze(-1) * near)[..., 0].flatten())
     matrix = torch.stack(columns, dim=-1)
     output = one.attend(one.document_keys[kept], one.document_values[kept], biases)[-1]
     residual = (one.attend(one.document_keys, one.document_values, torch.zeros(30))[-1] - output).flatten(0, 1)
