@@ -269,10 +269,20 @@ class CompactedCache:
         refused without ``force``."""
         from compactor.cache_file import save_cache
 
-        sizes = save_cache(path, self.layers, self.metadata, force=force)
+        sizes = save_cache(path, self.layers, without_timings(self.metadata), force=force)
         if self.save_sidecar is not None:
             self.save_sidecar(path, force)
+        elif force:
+            Path(f"{path}.curves").unlink(missing_ok=True)  # of the cache that was replaced: no longer of use
         return sizes
+
+
+def without_timings(metadata: CacheMetadata) -> CacheMetadata:
+    """Leave the seconds of the run out of the report: equal runs give equal files."""
+    report = {name: value for name, value in metadata.report.items() if name != "seconds"}
+    if isinstance(report.get("fidelity"), dict):
+        report["fidelity"] = {name: value for name, value in report["fidelity"].items() if name != "seconds"}
+    return replace(metadata, report=report)
 
 
 def load(path: str | Path) -> CompactedCache:

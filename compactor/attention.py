@@ -195,16 +195,16 @@ def dense_attention(
 def is_fast(query: torch.Tensor) -> bool:
     """Whether a tensor is of half precision on an NVIDIA GPU whose matrix units and fused attention take it."""
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    return half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and kernel_available(query.device)
+    return half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and fused_available(query.device)
 
 
 def exponentials(query: torch.Tensor, keys: torch.Tensor, scaling: float, row_shift: torch.Tensor) -> torch.Tensor:
     """Return exp(s q_i.k_j + row_shift_i), (n, rows, kv_len); with row_shift = -lse this is attention. Shapes as in
-    `scores`; float16 where `is_fast`, else float32."""
-    return exponential_of(scores(query, keys, None, scaling, row_shift), query)
+    `shifted_scores`; float16 where `is_fast`, else float32."""
+    return exponential_of(shifted_scores(query, keys, None, scaling, row_shift), query)
 
 
-def scores(
+def shifted_scores(
     query: torch.Tensor, keys: torch.Tensor, key_shift: torch.Tensor | None, scaling: float, row_shift: torch.Tensor
 ) -> torch.Tensor:
     """Return s q_i.k_j + row_shift_i + key_shift_j, (n, rows, kv_len) float32, for query (n, rows, head_dim), keys
@@ -227,6 +227,12 @@ def exponential_of(scores: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         return scores.exp_()
     scores.clamp_(max=math.log(LARGEST_HALF))
     return torch.exp(scores, out=torch.empty(scores.shape, dtype=torch.float16, device=scores.device))
+
+
+@cache
+def fused_available(device: torch.device) -> bool:
+    """Whether PyTorch's own fused attention and mixed products run on a CUDA device: an NVIDIA GPU, Ampere or newer."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def half_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

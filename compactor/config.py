@@ -84,6 +84,8 @@ class CompactSettings:
             raise SettingsError("--require-kl needs the certificate; leave out --no-certify.")
         if self.grow and self.require_kl is None:
             raise SettingsError("--grow raises the budget until --require-kl holds; give --require-kl too.")
+        if self.grow and self.max_bytes is not None:
+            raise SettingsError("--max-bytes bounds the size; leave out --grow, or give --keep-ratio instead.")
         if self.grow and self.max_error is not None:
             raise SettingsError("--max-error finds the size itself; leave out --grow, or give --keep-ratio instead.")
         object.__setattr__(
@@ -107,7 +109,8 @@ class CompactSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values, for the file header and the batch manifest."""
-        return {**asdict(self), "queries": list(self.queries)}
+        budget = None if self.budget is None else self.budget.replace("\\", "/").rpartition("/")[2]  # no folders
+        return {**asdict(self), "queries": list(self.queries), "budget": budget}
 
 
 def is_text(text: str) -> bool:

@@ -230,13 +230,13 @@ def residual_norms(model: PreTrainedModel) -> Iterator[Callable[[], torch.Tensor
     def watch(index: int) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            records[index].append(hidden.detach().float().norm(dim=-1).flatten().cpu())
+            records[index].append(torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=torch.float32).flatten())
 
         return hook
 
     handles = [block.register_forward_hook(watch(i)) for i, block in enumerate(blocks)]
     try:
-        yield lambda: torch.stack([torch.cat(norms).median() for norms in records])
+        yield lambda: torch.stack([torch.cat(norms).median().cpu() for norms in records])
     finally:
         for handle in handles:
             handle.remove()

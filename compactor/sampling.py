@@ -137,8 +137,8 @@ class SharedLayer(CacheLayerMixin):
         by_head = by_head.permute(2, 0, 1, 3, 4, 5)  # (num_kv_heads, sections, rows, group, q_len, head_dim)
         shape = by_head.shape
         per_section = by_head.reshape(num_kv_heads * self.sections.count, -1, head_dim)
-        section = plain_attention(per_section, self.section_keys, self.section_values, scaling)
-        prefix = plain_attention(by_head.reshape(num_kv_heads, -1, head_dim), *self.prefix, scaling)
+        section = attention.dense_attention(per_section, self.section_keys, self.section_values, scaling)
+        prefix = attention.dense_attention(by_head.reshape(num_kv_heads, -1, head_dim), *self.prefix, scaling)
         out, lse = attention.merge(
             section[0].view(shape), section[1].view(shape[:-1]), prefix[0].view(shape), prefix[1].view(shape[:-1])
         )
@@ -180,18 +180,6 @@ class SharedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return the longest sequence that fits."""
         return self.logical_length + self.capacity
-
-
-def plain_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend without a mask: query (n, rows, head_dim), keys and values (n, kv_len, head_dim).
-
-    Returns float32 out (n, rows, head_dim) and lse (n, rows).
-    """
-    scores = torch.bmm(query, keys.mT).float() * scaling
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.bmm((scores - lse.unsqueeze(-1)).exp().to(values.dtype), values).float(), lse
 
 
 @torch.no_grad()

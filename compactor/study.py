@@ -315,12 +315,21 @@ def fit(
             context_queries=full.context_queries.get(i) if "context" in weights else None,
             storage_dtype=job.storage_dtype,
             settings=job.settings,
+            curve_gains=by_position(selection, row) if job.settings.keep_curves else None,
+            curve_chunk=GREEDY_CHUNK,
+            currency=float(full.residual_norms[i]) ** -2,
         )
         fits[i] = FitLayer(layer, packed, full.logical_length, advance, inputs)
         return fits[i]
 
     study.run_layers(carried, "fit", make)
     return fits
+
+
+def by_position(selection: Selection, row: int) -> torch.Tensor:
+    """Return a compacted layer's gains in the order of the document, (num_kv_heads, num_document) float32."""
+    gains = selection.gains[row]
+    return torch.empty_like(gains).scatter_(1, selection.order[row], gains)
 
 
 def stored(layer: LayerCache, dtype: torch.dtype) -> LayerCache:

@@ -408,7 +408,7 @@ def test_exponentials_and_products_equal_double_precision() -> None:
     scores = 0.7 * query.double() @ keys.double().mT + row_shift.double().unsqueeze(-1)
     plain = attention.exponentials(query, keys, 0.7, row_shift)
     torch.testing.assert_close(plain.double(), scores.exp(), rtol=1e-5, atol=0)
-    both = attention.exponential_of(attention.scores(query, keys, key_shift, 0.7, row_shift), query)
+    both = attention.exponential_of(attention.shifted_scores(query, keys, key_shift, 0.7, row_shift), query)
     torch.testing.assert_close(both.double(), (scores + key_shift.double().unsqueeze(1)).exp(), rtol=1e-5, atol=0)
     product = attention.multiply(plain.mT, query)
     torch.testing.assert_close(product.double(), plain.double().mT @ query.double(), rtol=1e-5, atol=1e-5)
@@ -441,7 +441,7 @@ def test_half_precision_exponentials_err_by_one_in_a_thousand_at_most(
     for sizes in ((40.0, 0.0), (6.0, 34.0)):
         row_shift = sizes[0] * (2 * torch.rand(1, 200, generator=generator) - 1)
         key_shift = sizes[1] * (2 * torch.rand(1, 300, generator=generator) - 1)
-        found = attention.scores(query, keys, key_shift if sizes[1] else None, scaling, row_shift)
+        found = attention.shifted_scores(query, keys, key_shift if sizes[1] else None, scaling, row_shift)
         shares = attention.exponential_of(found, query)
         assert shares.dtype == torch.float16 and torch.isfinite(shares).all()
         exact = scores + row_shift.double().unsqueeze(-1) + key_shift.double().unsqueeze(1)

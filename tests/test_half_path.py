@@ -1,5 +1,5 @@
-"""Claims about the half-precision path that runs on NVIDIA GPUs: its arithmetic, emulated on the CPU, stays close to the
-float32 path, also where scores are in the thousands."""
+"""Claims about the half-precision path of NVIDIA GPUs: its arithmetic, emulated on the CPU, stays close to the float32
+path, also where scores are in the thousands."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_exponentials_are_exact_to_the_rounding_of_their_result(emulated: None) 
     exact = query.double() @ keys.double().mT * 0.125
     lse, bias = exact.logsumexp(-1), torch.randn(2, 70, generator=generator)
     assert float(exact.abs().max()) > 2000
-    result = attention.exponential_of(attention.scores(query, keys, bias, 0.125, -lse.float()), query)
+    result = attention.exponential_of(attention.shifted_scores(query, keys, bias, 0.125, -lse.float()), query)
     expected = (exact - lse.unsqueeze(-1) + bias.double().unsqueeze(1)).exp()
     assert result.dtype == torch.float16
     torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=1e-6)

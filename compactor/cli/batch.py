@@ -255,13 +255,16 @@ def _plan(
 
 def outcome_digest(loaded: LoadedModel, settings: CompactSettings) -> str:
     """Return the SHA-256 of all that decides an output besides its document: settings, model, file format."""
-    from compactor.batch.runner import settings_digest
+    from compactor.batch.runner import hash_file, settings_digest
     from compactor.cache_file import FORMAT_VERSION
 
     identity = asdict(loaded.identity())
     for where_it_lies in ("name", "revision"):
         del identity[where_it_lies]
-    return settings_digest(settings.to_json(), model=identity, dtype=str(loaded.dtype), format_version=FORMAT_VERSION)
+    profile = None if settings.budget is None else hash_file(Path(settings.budget))
+    return settings_digest(
+        settings.to_json(), model=identity, dtype=str(loaded.dtype), format_version=FORMAT_VERSION, profile=profile
+    )
 
 
 def ending(record: Record) -> str:

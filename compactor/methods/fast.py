@@ -19,7 +19,9 @@ LEAST_PIECES = 4
 
 def compact(study: Study, num_kept: int) -> Compacted:
     """Keep ``num_kept`` document keys over all heads; see docs/algorithm.md."""
-    segments, weights = sample_pieces(study), {"repeat": 1.0}
+    segments = sample_pieces(study)
+    rows = sum(len(segment.token_ids) for segment in segments)
+    weights = {"repeat": len(study.job.document_ids) / rows}
     with study.job.timed("select"):
         selection = study.once(
             ("fast selection", picks_per_chunk(study, num_kept)),

@@ -11,8 +11,8 @@ from compactor.methods import Compacted
 from compactor.solve.budget import allocate
 from compactor.solve.fit import FitLayer
 from compactor.solve.select import Selection
-from compactor.solve.shrink import HeadCurve, chunk_blocks
-from compactor.study import GREEDY_CHUNK, Study, fit, reference_rows, stored
+from compactor.solve.shrink import HeadCurve
+from compactor.study import Study, fit, reference_rows, stored
 from compactor.types import Segment
 
 ERROR_ROUNDS = 5  # fits that look for the size of --max-error at most
@@ -42,9 +42,9 @@ def solve_size(
     for i, layer in enumerate(study.full.layers):
         fitted = fits[i].fitted if i in fits else None
         layers.append(stored(layer, job.storage_dtype) if fitted is None else fitted)
-    curves = head_curves(study, selection, fits) if job.settings.keep_curves else None
+    curves = head_curves(study, fits) if job.settings.keep_curves else None
     rows = {"reference_rows": reference_rows(study, segments)}
-    return Compacted(layers, study.full.logical_length, report(study, fits, weights) | rows, curves)
+    return Compacted(layers, study.full.logical_length, report(study, fits, segments, weights) | rows, curves)
 
 
 def solve_error(
@@ -97,27 +97,17 @@ def head_counts(study: Study, selection: Selection, num_kept: int) -> torch.Tens
     return allocate_by_shares(shares, num_kept, len(job.document_ids))
 
 
-def head_curves(study: Study, selection: Selection, fits: dict[int, FitLayer]) -> list[list[HeadCurve] | None]:
+def head_curves(study: Study, fits: dict[int, FitLayer]) -> list[list[HeadCurve] | None]:
     """Return what `compactor recompact` needs: per layer and head the kept keys' gains and chunk Gram matrices."""
-    curves: list[list[HeadCurve] | None] = []
-    rows = {i: row for row, i in enumerate(fits)}
-    for i in range(len(study.full.layers)):
-        if i not in fits:
-            curves.append(None)
-            continue
-        currency = float(study.full.residual_norms[i]) ** -2
-        heads = []
-        for head, made in enumerate(fits[i].heads):
-            assert made.gram is not None
-            order, gains = selection.order[rows[i], head], selection.gains[rows[i], head]
-            by_key = torch.empty_like(gains).scatter_(0, order, gains)
-            kept = made.kept.cpu()
-            heads.append(chunk_blocks(made.gram.cpu(), kept, GREEDY_CHUNK, gains=by_key[kept], currency=currency))
-        curves.append(heads)
-    return curves
+    return [
+        [head.curve for head in fits[i].heads if head.curve is not None] if i in fits else None
+        for i in range(len(study.full.layers))
+    ]
 
 
-def report(study: Study, fits: dict[int, FitLayer], weights: dict[str, float]) -> dict[str, object]:
+def report(
+    study: Study, fits: dict[int, FitLayer], segments: Sequence[Segment], weights: dict[str, float]
+) -> dict[str, object]:
     """Return the errors of the fit.
 
     Errors are relative, sqrt(sum w |o' - o|^2 / sum w |o|^2), with the weights of the common currency; heads that
@@ -130,7 +120,10 @@ def report(study: Study, fits: dict[int, FitLayer], weights: dict[str, float]) -
         fitted += [(h.squared_error * currency, h.energy * currency) for h in layer.heads]
         unfitted += [(h.unfitted_error * currency, h.energy * currency) for h in layer.heads]
     errors = {i: relative_error([(h.squared_error, h.energy) for h in layer.heads]) for i, layer in fits.items()}
-    total_weight = len(study.job.document_ids) * max(1, len(weights))  # every source weighs a row per document token
+    fitted_sources = {segment.source for segment in segments}
+    if "context" in weights and study.full.context_queries:
+        fitted_sources.add("context")
+    total_weight = len(study.job.document_ids) * max(1, len(fitted_sources))  # a source weighs a row per document token
     return {
         "reconstruction_error": relative_error(fitted),
         "reconstruction_error_before_values": relative_error(unfitted),

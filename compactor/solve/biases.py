@@ -99,14 +99,19 @@ def _projected_newton_step(
 
 
 def cholesky_solve(gram: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """Solve gram X = rhs for symmetric positive semi-definite ``gram`` (n, n); a singular one gets the least jitter
+    """Solve gram X = rhs for symmetric positive semi-definite ``gram`` (n, n); see `cholesky_factor`."""
+    return torch.cholesky_solve(rhs, cholesky_factor(gram))
+
+
+def cholesky_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Return the lower factor of symmetric positive semi-definite ``gram`` (n, n); a singular one gets the least jitter
     that factors, from `JITTER` of the mean diagonal upwards."""
     mean = gram.diagonal().mean().clamp_min(1e-30) if gram.numel() else gram.new_tensor(1.0)
     jitter = JITTER if gram.dtype == torch.float64 else JITTER_32
     while True:
         factor, info = torch.linalg.cholesky_ex(add_diagonal(gram, jitter * mean))
         if int(info) == 0 or jitter > 1.0:
-            return torch.cholesky_solve(rhs, factor)
+            return torch.as_tensor(factor)
         jitter *= 10.0
 
 

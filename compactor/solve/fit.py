@@ -27,6 +27,7 @@ from compactor.packed import Packed, PackedLayer, exact_rows
 from compactor.prefill import context_spans
 from compactor.solve.biases import solve_box_nnls
 from compactor.solve.gram import GramSum, energy_of
+from compactor.solve.shrink import HeadCurve, chunk_blocks
 from compactor.solve.values import RidgeStats, ValueFit, fit_values
 from compactor.types import Advance, LayerCache
 
@@ -52,6 +53,9 @@ class FitInputs:
     context_queries: torch.Tensor | None  # (num_heads, num_document, head_dim), host memory
     storage_dtype: torch.dtype
     settings: CompactSettings
+    curve_gains: torch.Tensor | None = None  # (num_kv_heads, num_document) float32 by position, where curves are kept
+    curve_chunk: int = 0  # document tokens of a chunk of the curves
+    currency: float = 1.0  # factor that makes this layer's squared errors comparable with other layers'
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class HeadFit:
     squared_error: float  # weighted, of the attention output, on all rows
     unfitted_error: float  # the same with the original values and the fitted biases
     energy: float  # weighted squared norm of the true attention output
-    gram: torch.Tensor | None = None  # (num_kept, num_kept) float64: sum of w A_i A_i^T, where it is asked for
+    gram: torch.Tensor | None = None  # (num_kept, num_kept) float64: sum of w A_i A_i^T, where curves are kept
+    curve: HeadCurve | None = None  # what `compactor recompact` needs of it, in host memory
 
 
 @dataclass(frozen=True)
@@ -146,9 +151,21 @@ class FitLayer(PackedLayer):
             fit = fit_head(parts, own, inputs.order[head], inputs.counts[head], inputs.settings)
             stored_values = fit.values.to(inputs.storage_dtype).float()
             outputs.append(fitted_output(own[0], parts.stored_keys[fit.kept], stored_values, fit.biases))
-            self.heads.append(fit)
+            self.heads.append(self._with_curve(head, fit))
         self.fitted = assemble(self.full, self.heads, prefix, inputs.storage_dtype)
         return torch.stack(outputs).view(queries.shape)
+
+    def _with_curve(self, head: int, fit: HeadFit) -> HeadFit:
+        """Replace the Gram matrix by its chunk blocks, which are all that is kept of it."""
+        gains = self.inputs.curve_gains
+        return fit if gains is None else replace(fit, gram=None, curve=curve_of(fit, gains[head], self.inputs))
+
+
+def curve_of(fit: HeadFit, gains: torch.Tensor, inputs: FitInputs) -> HeadCurve:
+    """Return the chunk blocks of a head's Gram matrix; gains: (num_document,) float32 by position."""
+    assert fit.gram is not None
+    kept = fit.kept.cpu()
+    return chunk_blocks(fit.gram.cpu(), kept, inputs.curve_chunk, gains=gains[kept], currency=inputs.currency)
 
 
 def segment_rows(
@@ -308,7 +325,7 @@ def fitted_attention(
 
     Taken in logarithms: a row that looked at one key which is not kept may have nothing else within range of a float.
     """
-    scores = attention.scores(rows.queries, *for_each(rows, kept_keys, biases), rows.scaling, -rows.lse)
+    scores = attention.shifted_scores(rows.queries, *for_each(rows, kept_keys, biases), rows.scaling, -rows.lse)
     hide_later(scores, rows, kept, -math.inf)
     shift = torch.logaddexp(scores.logsumexp(-1), rows.near_share)  # lse' - lse
     scores -= shift.unsqueeze(-1)

@@ -26,7 +26,9 @@ class Picks:
     """Greedy orders of a batch of problems; prefixes are the answers for every smaller count."""
 
     order: torch.Tensor  # (num_problems, num_keys) int64: picked keys, then the others by what each would add
-    gains: torch.Tensor  # (num_problems, num_keys) float32: squared error removed; for those not picked, an upper bound
+    gains: (
+        torch.Tensor
+    )  # (num_problems, num_keys) float32: squared error removed; for those not picked, what each would add to the picks
     energy: torch.Tensor  # (num_problems,) float32: squared norm of the targets
 
 
@@ -126,6 +128,7 @@ def pool_violators(gains: torch.Tensor) -> torch.Tensor:
     gains: (num_problems, num_keys). Returns the same shape: the slopes of the least concave majorant of the row's
     cumulative sum.
     """
+    given, gains = gains, gains.cpu()  # small, sequential, and in float64, which Apple GPUs lack
     num_problems, num_keys = gains.shape
     sums = torch.zeros(num_problems, num_keys, dtype=torch.float64, device=gains.device)
     sizes = torch.zeros_like(sums)
@@ -147,4 +150,4 @@ def pool_violators(gains: torch.Tensor) -> torch.Tensor:
             sizes[rows, top[rows]] = 0.0
             top[rows] -= 1
     means = (sums / sizes.clamp_min(1.0)).flatten()
-    return means.repeat_interleave(sizes.flatten().long()).view(num_problems, num_keys).to(gains.dtype)
+    return means.repeat_interleave(sizes.flatten().long()).view(num_problems, num_keys).to(given.dtype).to(given.device)

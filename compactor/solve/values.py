@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compactor.solve.biases import add_diagonal, cholesky_solve
+from compactor.solve.biases import add_diagonal, cholesky_factor, cholesky_solve
 
 FLOAT32_RIDGE = 1e-5  # from here on a GPU factors in float32 and refines once in float64
 RIDGES = (1e-3, 1e-2, 1e-1)  # candidates when the ridge is chosen on held-out rows
@@ -53,9 +53,10 @@ def solve_ridge(stats: RidgeStats, ridge: float) -> torch.Tensor:
     system = add_diagonal(stats.gram, ridge * diagonal)
     if system.is_cuda and ridge >= FLOAT32_RIDGE:
         scale = diagonal.clamp_min(1e-30)  # keeps float32 in range
-        change = cholesky_solve((system / scale).float(), (stats.rhs / scale).float()).double()
+        factor = cholesky_factor((system / scale).float())
+        change = torch.cholesky_solve((stats.rhs / scale).float(), factor).double()
         residual = stats.rhs - system @ change  # one step of refinement in float64
-        return change + cholesky_solve((system / scale).float(), (residual / scale).float()).double()
+        return change + torch.cholesky_solve((residual / scale).float(), factor).double()
     return cholesky_solve(system, stats.rhs)
 
 
