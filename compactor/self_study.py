@@ -62,7 +62,7 @@ def make_plan(num_document: int, total_tokens: int) -> Plan:
     answer_tokens = min(ANSWER_TOKENS, total_tokens)
     num_sections = min(answers, max(1, round(num_document / SECTION_TOKENS)))
     num_whole = min(len(WHOLE_PROMPTS), max(0, answers - num_sections))
-    prompts_per_section = max(1, round((answers - num_whole) / num_sections))
+    prompts_per_section = max(1, (answers - num_whole) // num_sections)
     return Plan(num_sections, prompts_per_section, num_whole, answer_tokens)
 
 

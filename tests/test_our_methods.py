@@ -36,8 +36,7 @@ CHUNK = 48
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several greedy problems a head, and small ones."""
-    for module in (study_module, ours):
-        monkeypatch.setattr(module, "GREEDY_CHUNK", CHUNK)
+    monkeypatch.setattr(study_module, "GREEDY_CHUNK", CHUNK)
 
 
 @pytest.fixture(scope="module")

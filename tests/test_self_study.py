@@ -232,9 +232,9 @@ def test_plans_stay_within_the_tokens_they_are_given() -> None:
         plan = make_plan(num_document, total)
         prompts = plan.num_sections * plan.prompts_per_section + plan.num_whole
         assert 1 <= plan.num_sections <= num_document
-        assert 1 <= plan.prompts_per_section <= len(self_study.SECTION_PROMPTS)
+        assert plan.prompts_per_section >= 1
         assert 0 <= plan.num_whole <= len(self_study.WHOLE_PROMPTS)
-        assert plan.answer_tokens >= 1 and prompts * plan.answer_tokens <= total
+        assert plan.answer_tokens >= 1 and total / 2 <= prompts * plan.answer_tokens <= total
         more = make_plan(num_document, 2 * total)
         assert more.num_sections * more.prompts_per_section + more.num_whole >= prompts
 
