@@ -23,6 +23,7 @@ from compactor.methods.fast import sample_pieces
 from compactor.methods.ours import first_size, remaining_gains
 from compactor.model import LoadedModel, load_model
 from compactor.packed import Packed
+from compactor.pipeline import compact
 from compactor.solve.fit import FitLayer, HeadFit
 from compactor.solve.select import Selection
 from compactor.study import Study, picks_per_chunk, prefill_document
@@ -434,3 +435,18 @@ def test_every_layer_is_fitted_to_queries_that_compacted_layers_below_gave(
     torch.testing.assert_close(few[0], seen[0])
     assert float((few[1] - seen[1]).abs().max()) > 0.01
     assert made.layers[0].head_lengths[0] < lease.full.layers[0].head_lengths[0]
+
+
+def test_equal_runs_write_equal_files(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Byte for byte, sidecar and certificate included: no timing, no path and no global random state is in a file."""
+    settings = CompactSettings(
+        keep_ratio=0.2, self_study_tokens=24, reserve=128, keep_curves=True, budget=None, certify=True
+    )
+    text = make_document("lease", TEXT * 6)
+    for name in ("one", "two"):
+        torch.manual_seed(len(name + text.text) if name == "one" else 7)
+        cache = compact(text, tiny, settings)
+        assert cache.metadata.report["seconds"]["fit"] > 0
+        cache.save(tmp_path / f"{name}.kv")
+    for suffix in (".kv", ".kv.curves"):
+        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
