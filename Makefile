@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 
 # The tests come last, so that their count ends the output.
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models gain nothing from threads, workers do
+
 from compactor.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -433,9 +433,9 @@ def test_the_command_prints_the_certificate_and_inspect_shows_it(invoke: Command
         assert line in [" ".join(row.split()) for row in output.splitlines()]
     for name in ("kl mean", "no document", "attention error per layer", "measured damage", "questions"):
         assert any(row.strip().startswith(name) for row in shown.stdout.splitlines()), name
-    as_json = json.loads(invoke(*words, "-o", "again.kv", "--json").stdout)["report"]["fidelity"]
-    assert as_json | {"seconds": 0} == fidelity | {"seconds": 0}
-    assert "certify" in load(tmp_path / "doc.kv").metadata.report["seconds"]
+    told = json.loads(invoke(*words, "-o", "again.kv", "--json").stdout)["report"]
+    assert told["seconds"]["certify"] >= told["fidelity"].pop("seconds") > 0  # of the run, so that the file has none
+    assert told["fidelity"] == fidelity
 
 
 def test_without_the_certificate_there_is_none(invoke: Command, folder: Path, tmp_path: Path) -> None:
