@@ -245,7 +245,7 @@ class CompactedCache:
 
     layers: list[LayerCache]
     metadata: CacheMetadata
-    save_sidecar: Callable[[AnyPath, bool], None] | None = None  # writes what --keep-curves keeps; path and force
+    save_sidecar: Callable[[AnyPath, bool], None] | None = None  # called after saving, with path and force
 
     @property
     def nbytes(self) -> int:
@@ -272,8 +272,6 @@ class CompactedCache:
         sizes = save_cache(path, self.layers, without_timings(self.metadata), force=force)
         if self.save_sidecar is not None:
             self.save_sidecar(path, force)
-        elif force:
-            Path(f"{path}.curves").unlink(missing_ok=True)  # of the cache that was replaced: no longer of use
         return sizes
 
 

@@ -31,6 +31,7 @@ from compactor.types import CacheMetadata
 SUFFIX = ".curves"
 FORMAT_VERSION = 1
 METADATA_KEY = "compactor_curves"
+SIGNATURE = f'{{"__metadata__":{{"{METADATA_KEY}":'.encode()  # how the header of every sidecar begins
 DTYPES = {
     "gains": torch.float32,
     "diagonals": torch.float32,
@@ -90,6 +91,19 @@ def save_curves(cache_path: AnyPath, curves: list[LayerCurves], *, chunk: int, f
     raw = write_safetensors(tensors, {METADATA_KEY: _to_json({"document": document, "xxh3_128": _digest(document)})})
     write_atomically(path, [memoryview(raw)], force=force)
     return len(raw)
+
+
+def remove_stale_curves(cache_path: AnyPath) -> None:
+    """Remove the sidecar of a cache that was replaced by one without; a file that is no sidecar stays."""
+    path = curves_path(cache_path)
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            beginning = file.read(min(length, len(SIGNATURE)))
+        if beginning == SIGNATURE:
+            path.unlink()
+    except (OSError, struct.error):  # no such file, or nothing that this program wrote
+        return
 
 
 def header_sha256(cache_path: AnyPath) -> str:

@@ -67,6 +67,23 @@ def write_atomically(path: AnyPath, pieces: Iterable[memoryview], *, force: bool
         raise OutputError(_sentence(path, error)) from error
 
 
+def append_line(path: AnyPath, line: bytes, *, mode: int, remedy: str) -> None:
+    """Add a line to a file, which is on the disk when this returns; ``mode`` are the permissions of a new file.
+
+    Raises OutputError, whose sentence ends with ``remedy``; part of the line may then be there.
+    """
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, mode)
+        try:
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as failure:
+        raise OutputError(f"{path} cannot be written: {failure.strerror}; {remedy}.") from failure
+
+
 def _find_target(path: AnyPath, force: bool) -> Path:
     """Return the file that ``path`` names, links followed, or raise OutputError."""
     text = os.fspath(path)

@@ -11,7 +11,7 @@ from compactor import __version__
 from compactor.attach import CompactedCache
 from compactor.certificate import fidelity_report
 from compactor.config import CompactSettings
-from compactor.curves import save_curves
+from compactor.curves import remove_stale_curves, save_curves
 from compactor.document import Document
 from compactor.errors import FidelityError
 from compactor.job import Job, full_bytes, num_compacted, prepare, target_total
@@ -124,8 +124,10 @@ def compact_study(
     def save_sidecar(path: AnyPath, force: bool) -> None:
         if curves is not None:
             save_curves(path, curves, chunk=GREEDY_CHUNK, force=force)
+        elif force:
+            remove_stale_curves(path)
 
-    return CompactedCache(layers, metadata(study, compacted, extra), None if curves is None else save_sidecar)
+    return CompactedCache(layers, metadata(study, compacted, extra), save_sidecar)
 
 
 def metadata(study: Study, compacted: Compacted, extra: dict[str, Any]) -> CacheMetadata:

@@ -66,28 +66,22 @@ class Study:
 
         return [] if keeps_everything(self.job) else self.once(("segments", factor), make)
 
-    def segments_of(self, *sources: str) -> list[Segment]:
-        """Return the segments of some sources."""
-        return [segment for segment in self.segments if segment.source in sources]
-
-    def run_layers(self, segments: Sequence[Segment], phase: str, make: MakeLayer, max_rows: int | None = None) -> None:
-        """Send segments through the model side by side, in groups of at most ``max_rows`` tokens.
+    def run_layers(self, segments: Sequence[Segment], phase: str, make: MakeLayer) -> None:
+        """Send segments through the model side by side.
 
         ``make(layer index, full layer, packed, advance)`` gives the layer of each full-attention layer; sliding layers
         attend exactly. Every segment begins right after the document.
         """
         loaded, full = self.job.loaded, self.full
-        batches = [list(segments)] if max_rows is None else groups(segments, max_rows)
-        with self.job.reporter.phase(phase, len(batches) * loaded.num_layers, "layers") as advance:
-            for batch in batches:
-                packed = pack(batch, full.logical_length)
-                layers = [
-                    make(i, layer, packed, advance)
-                    if layer.sliding_window is None
-                    else WindowLayer(layer, packed, full.logical_length, advance)
-                    for i, layer in enumerate(full.layers)
-                ]
-                run_packed(loaded, packed, layers)
+        packed = pack(segments, full.logical_length)
+        with self.job.reporter.phase(phase, loaded.num_layers, "layers") as advance:
+            layers = [
+                make(i, layer, packed, advance)
+                if layer.sliding_window is None
+                else WindowLayer(layer, packed, full.logical_length, advance)
+                for i, layer in enumerate(full.layers)
+            ]
+            run_packed(loaded, packed, layers)
 
 
 def prefill_document(job: Job) -> Prefilled:

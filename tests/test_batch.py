@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from compactor.batch import manifest as manifests
+from compactor import output
 from compactor.batch.manifest import MANIFEST_NAME, Manifest, Record
 from compactor.batch.runner import Plan, find_jobs, open_manifest, plan_batch, run_batch, settings_digest
 from compactor.cache_file import FileSizes, read_metadata, save_cache
@@ -496,7 +496,7 @@ def test_a_disk_that_fills_up_stops_the_batch_with_a_sentence(
 ) -> None:
     records = _iterate(docs, out, FakeCompact())
     next(records)
-    monkeypatch.setattr(manifests.os, "write", lambda _descriptor, data: len(data) // 2)
+    monkeypatch.setattr(output.os, "write", lambda _descriptor, data: len(data) // 2)
     with pytest.raises(OutputError, match=MANIFEST_NAME):
         Manifest(out / MANIFEST_NAME).append(_record("b"))
 

@@ -25,7 +25,7 @@ from compactor.attach import load
 from compactor.cache_file import load_cache, save_cache
 from compactor.cli.recompact import recompact_command
 from compactor.config import BASELINES, CompactSettings, DecodeSettings
-from compactor.curves import Curves, LayerCurves, curves_path, load_curves, save_curves
+from compactor.curves import Curves, LayerCurves, curves_path, load_curves, remove_stale_curves, save_curves
 from compactor.document import make_document
 from compactor.errors import CacheFileError, CompactorError, OutputError, SettingsError
 from compactor.evaluate.compare import compare_answers
@@ -556,3 +556,15 @@ def test_a_batch_keeps_curves_beside_every_cache(invoke: Command, folder: Path, 
         small = invoke("recompact", f"out/{name}.txt.kv", "-o", f"{name}.kv", "-r", "0.2")
         assert small.returncode == 0, small.stderr
     assert "2 unchanged" in invoke(*words).stdout
+
+
+def test_only_our_own_sidecar_goes_with_the_cache_that_it_belonged_to(tmp_path: Path) -> None:
+    """A file of the user's at the sidecar's name is never removed, whatever it holds."""
+    cache = tmp_path / "doc.kv"
+    for theirs in (b"", b"my notes on curves", b"\x10\0\0\0\0\0\0\0" + b'{"a":1}'):
+        curves_path(cache).write_bytes(theirs)
+        remove_stale_curves(cache)
+        assert curves_path(cache).read_bytes() == theirs
+    curves_path(cache).unlink()
+    remove_stale_curves(cache)
+    assert not curves_path(cache).exists()

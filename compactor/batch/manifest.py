@@ -7,14 +7,13 @@ made from. A line that was cut off by a crash is passed over.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from compactor.errors import OutputError
+from compactor.output import append_line
 
 MANIFEST_NAME = "manifest.jsonl"
 
@@ -64,17 +63,7 @@ class Manifest:
         """Add a line; it is on the disk when this returns."""
         line = b"\n" * self._torn + _line(record)
         self._torn = True  # until the whole line is written
-        try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-            try:
-                if os.write(descriptor, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as failure:
-            reason = failure.strerror
-            raise OutputError(f"{self.path} cannot be written: {reason}; choose another folder.") from failure
+        append_line(self.path, line, mode=0o600, remedy="choose another folder")
         self._torn = False
         self._remember(record)
 

@@ -6,15 +6,14 @@ again. A line that was cut off by a crash is passed over.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from compactor.errors import OutputError
+from compactor.output import append_line
 
 FULL = "full"  # the method of the uncompacted cache
 SHORT_ANSWER, LONG_ANSWER = 32, 64  # tokens at most: of a few words, and of a sentence or a list
@@ -118,17 +117,7 @@ class ResultsFile:
         record = rounded(record)
         line = b"\n" * self._torn + json.dumps(asdict(record), ensure_ascii=True, allow_nan=False).encode() + b"\n"
         self._torn = True  # until the whole line is written
-        try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
-            try:
-                if os.write(descriptor, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as failure:
-            reason = failure.strerror
-            raise OutputError(f"{self.path} cannot be written: {reason}; choose another file.") from failure
+        append_line(self.path, line, mode=0o644, remedy="choose another file")
         self._torn = False
         self._remember(record)
         return record

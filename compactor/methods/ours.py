@@ -12,11 +12,23 @@ from compactor.solve.budget import allocate
 from compactor.solve.fit import FitLayer
 from compactor.solve.select import Selection
 from compactor.solve.shrink import HeadCurve
-from compactor.study import Study, fit, reference_rows, stored
+from compactor.study import Study, choose_keys, fit, picks_per_chunk, reference_rows, source_weights, stored
 from compactor.types import Segment
 
 ERROR_ROUNDS = 5  # fits that look for the size of --max-error at most
 CLOSE_ENOUGH = 0.05  # of the size: a bracket this narrow ends the search
+
+
+def solve_greedily(study: Study, num_kept: int, name: str, segments: list[Segment]) -> Compacted:
+    """Order all keys by the reference segments, the document's own queries beside them, and keep ``num_kept``; the
+    order is shared by all sizes under ``name``."""
+    weights = source_weights(study.job, segments)
+    with study.job.timed("select"):
+        selection = study.once(
+            (name, "selection", picks_per_chunk(study, num_kept)),
+            lambda: choose_keys(study, segments, weights, num_kept),
+        )
+    return solve(study, num_kept, selection, segments, weights)
 
 
 def solve(
