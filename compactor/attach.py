@@ -24,25 +24,41 @@ if TYPE_CHECKING:
     from compactor.cache_file import FileSizes
 
 
-class DocumentLayer(CacheLayerMixin):
+class AttendingCacheLayer(CacheLayerMixin):
+    """What all layers share that attend by themselves: transformers asks them for lengths only."""
+
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: the first update brings the shapes."""
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens there are, those of the document included."""
+        return sum(self.get_mask_sizes(0))
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no maximum."""
+        return -1
+
+
+class DocumentLayer(AttendingCacheLayer):
     """Frozen kept keys of one layer and the dense tail of the tokens that came after the document."""
 
     is_croppable = True
-    supports_early_init = False
 
     def __init__(self, layer: LayerCache, logical_length: int, previous: DocumentLayer | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.document = layer
         self.logical_length = logical_length
         self.max_head_length = max(layer.head_lengths)
         self.is_sliding = layer.sliding_window is not None
-        self.is_initialized = True
         self.previous = previous
         self.pending = False
         self.reset()
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the tail starts empty and takes the shape of the first update."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -119,14 +135,6 @@ class DocumentLayer(CacheLayerMixin):
     def tail_length(self) -> int:
         """Number of tokens after the document."""
         return 0 if self.keys is None else int(self.keys.shape[-2])
-
-    def get_seq_length(self) -> int:
-        """Return the logical length: tokens of prefix, document and tail."""
-        return self.logical_length + self.tail_length
-
-    def get_max_length(self) -> int:
-        """Return -1: the tail has no maximum."""
-        return -1
 
     def reset(self) -> None:
         """Forget the tail."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,15 +25,32 @@ BASELINES = (
 METHODS = (*OUR_METHODS, *BASELINES)
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-
-METHOD_QUERIES = {"fast": ("context",)}  # of the other methods: all sources
+# Of what not every method uses, what each does use: sources of reference queries, and settings. Methods that are not in
+# a table use none of it: they ask nothing, or ask in a way of their own.
+METHOD_QUERIES = {
+    "fast": ("context",),
+    "balanced": QUERY_SOURCES,
+    "best": QUERY_SOURCES,
+    "attention-matching-rms": ("repeat", "self-study"),
+    "attention-matching-omp": ("repeat", "self-study"),
+}
+_ASKING = ("chunk", "self_study_tokens")
+_FITTING = ("max_error", "budget", "keep_curves", "refine_steps", "ridge", "min_log_bias", "max_log_bias")
+METHOD_SETTINGS = {
+    "fast": _FITTING,
+    "balanced": (*_ASKING, *_FITTING),
+    "best": (*_ASKING, *_FITTING),
+    "attention-matching-rms": _ASKING,
+    "attention-matching-omp": _ASKING,
+}
 
 
 @dataclass(frozen=True)
 class CompactSettings:
     """Settings of one compaction. Exactly one of ``keep_ratio``, ``target_tokens``, ``max_bytes``, ``max_error`` holds.
 
-    Raises SettingsError on construction when a value is out of range or two size targets are given.
+    Raises SettingsError on construction when a value is out of range, when two size targets are given, or when one that
+    the method does not use differs from its default.
     """
 
     keep_ratio: float | None = None  # fraction of document keys kept, over all compacted heads
@@ -47,6 +65,7 @@ class CompactSettings:
     chunk: int = 1024  # document tokens per piece of the repeat pass
     prefill_chunk: int = 2048  # tokens per forward call of the prefill
     reserve: int = 512  # tokens of the model's window left free for a question and its answer
+    refine_steps: int | None = None  # of kept keys, biases and values together; None: what the method takes
     ridge: float | None = None  # weight of the pull towards the original values; None chooses on held-out rows
     min_log_bias: float = -3.0
     max_log_bias: float = 7.0
@@ -72,10 +91,8 @@ class CompactSettings:
             raise SettingsError(f"--max-error is {self.max_error:g}; give a positive number.")
         if self.method not in METHODS:
             raise SettingsError(f"--method is {self.method!r}; choose from {', '.join(METHODS)}.")
-        if self.method not in OUR_METHODS and (self.max_error is not None or self.budget or self.keep_curves):
-            raise SettingsError(
-                f"--max-error, --budget and --keep-curves need one of the methods {', '.join(OUR_METHODS)}."
-            )
+        chosen = [name for name in (*_ASKING, *_FITTING) if getattr(self, name) != getattr(CompactSettings, name)]
+        check_used([self.method], _query_sources(self.queries), chosen)
         if self.keep_curves and self.keep_ratio == 1.0:
             raise SettingsError("--keep-curves with --keep-ratio 1 has nothing to learn; give a smaller ratio.")
         if self.require_kl is not None and not 0.0 < self.require_kl < float("inf"):
@@ -88,11 +105,9 @@ class CompactSettings:
             raise SettingsError("--max-bytes bounds the size; leave out --grow, or give --keep-ratio instead.")
         if self.grow and self.max_error is not None:
             raise SettingsError("--max-error finds the size itself; leave out --grow, or give --keep-ratio instead.")
-        object.__setattr__(
-            self, "queries", _query_sources(self.queries or METHOD_QUERIES.get(self.method, QUERY_SOURCES))
-        )
-        for name, low in (("target_tokens", 1), ("max_bytes", 1), ("self_study_tokens", 1), ("chunk", 16),
-                          ("prefill_chunk", 16), ("reserve", 64)):  # fmt: skip
+        object.__setattr__(self, "queries", _query_sources(self.queries) or METHOD_QUERIES.get(self.method, ()))
+        for name, low in (("target_tokens", 1), ("max_bytes", 1), ("self_study_tokens", 1), ("refine_steps", 0),
+                          ("chunk", 16), ("prefill_chunk", 16), ("reserve", 64)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < low:
                 raise SettingsError(f"--{name.replace('_', '-')} is {value}; the least is {low}.")
@@ -122,10 +137,26 @@ def is_text(text: str) -> bool:
     return True
 
 
+def check_used(methods: Sequence[str], queries: Iterable[str], settings: Iterable[str]) -> None:
+    """Raise SettingsError where none of the methods uses a source of ``queries`` or a field of ``settings``."""
+    users = {f"--queries {source}": _who_uses(source, METHOD_QUERIES) for source in queries}
+    users |= {f"--{name.replace('_', '-')}": _who_uses(name, METHOD_SETTINGS) for name in settings}
+    unused = [option for option, own in users.items() if not own & set(methods)]
+    if unused:
+        who = f"--method {methods[0]} does not use" if len(methods) == 1 else f"None of {', '.join(methods)} uses"
+        able = [method for method in METHODS if all(method in users[option] for option in unused)]
+        what = f"{', '.join(unused)}; leave {'it' if len(unused) == 1 else 'them'} out"
+        raise SettingsError(f"{who} {what}, or take one of {', '.join(able)}.")
+
+
+def _who_uses(name: str, table: Mapping[str, Sequence[str]]) -> set[str]:
+    return {method for method, used in table.items() if name in used}
+
+
 def _query_sources(names: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in QUERY_SOURCES]
-    if unknown or not names:
-        what = f"does not know {', '.join(map(repr, unknown))}" if unknown else "is empty"
+    if unknown:
+        what = f"does not know {', '.join(map(repr, unknown))}"
         raise SettingsError(f"--queries {what}; give a comma-separated subset of {','.join(QUERY_SOURCES)}.")
     return tuple(name for name in QUERY_SOURCES if name in names)
 

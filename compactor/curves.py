@@ -2,7 +2,7 @@
 
 It is a safetensors file, written whole or not at all and readable by its owner only, like the cache. It names the cache
 by the SHA-256 of its header, in which the checksums of all tensors are: another cache, or a later one of the same name,
-is refused.
+is refused. The cache is written first: whatever stops a run between the two, no sidecar is taken for that of another.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ class Curves:
 
 class _Damaged(ValueError):
     """The text follows "is damaged:"."""
+
+
+_UNREADABLE = (OSError, struct.error, OverflowError, MemoryError)  # what a file without a sound length raises
 
 
 def curves_path(cache_path: AnyPath) -> Path:
@@ -106,15 +109,29 @@ def remove_stale_curves(cache_path: AnyPath) -> None:
         return
 
 
+def has_curves(cache_path: AnyPath) -> bool:
+    """Whether a sidecar of this very cache lies beside it; only headers are read."""
+    try:
+        document = _read_document(_length_and_header(curves_path(cache_path)))
+        return bool(document["cache_header_sha256"] == header_sha256(cache_path))
+    except (CacheFileError, ValueError, KeyError, TypeError, AttributeError, *_UNREADABLE):
+        return False
+
+
 def header_sha256(cache_path: AnyPath) -> str:
     """Return the SHA-256 of length and header of a cache, which tells it from every other. Raises CacheFileError."""
     try:
-        with open(cache_path, "rb") as file:
-            first = file.read(8)
-            (length,) = struct.unpack("<Q", first)
-            return hashlib.sha256(first + file.read(length)).hexdigest()
-    except (OSError, struct.error, OverflowError, MemoryError) as error:
+        return hashlib.sha256(_length_and_header(cache_path)).hexdigest()
+    except _UNREADABLE as error:
         raise CacheFileError(f"{os.fspath(cache_path)} cannot be read; pass a file that `compact` wrote.") from error
+
+
+def _length_and_header(path: AnyPath) -> bytes:
+    """Return the first 8 + N bytes of a safetensors file. Raises one of `_UNREADABLE`."""
+    with open(path, "rb") as file:
+        first = file.read(8)
+        (length,) = struct.unpack("<Q", first)
+        return first + file.read(length)
 
 
 def _layer_tensors(layer: list[HeadCurve]) -> dict[str, torch.Tensor]:

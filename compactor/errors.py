@@ -55,7 +55,7 @@ class MemoryShortError(CompactorError):
 
 
 class BatchError(CompactorError):
-    """At least one document of a batch failed; the manifest says which and why."""
+    """At least one document of a batch, or result of an evaluation, failed; manifest or results say which and why."""
 
     exit_code = 9
 
@@ -64,6 +64,13 @@ class FidelityError(CompactorError):
     """The compacted cache answers less faithfully than ``--require-kl`` asks; nothing was written."""
 
     exit_code = 10
+
+
+class NumericalError(CompactorError):
+    """The model or the fit gave numbers that are not finite, or the fit equations that cannot be solved."""
+
+    exit_code = 11
+    REMEDY = "take --dtype float32, or look for weights that are not finite"
 
 
 INTERRUPTED_EXIT_CODE = 130

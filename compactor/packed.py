@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from compactor import attention
-from compactor.attach import dense_heads, window_visibility
+from compactor.attach import AttendingCacheLayer, dense_heads, window_visibility
+from compactor.errors import NumericalError
 from compactor.types import LayerCache, Segment
 
 if TYPE_CHECKING:
@@ -111,40 +113,28 @@ def groups(segments: Sequence[Segment], max_rows: int) -> list[list[Segment]]:
     return result
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(AttendingCacheLayer):
     """One layer of a packed pass; subclasses say what attention returns and what is learnt from the queries."""
 
-    supports_early_init = False
+    index = -1  # of the layer in the model; `run_packed` sets it
 
     def __init__(self, full: LayerCache, packed: Packed, logical_length: int, advance: Callable[[int], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.full = full
         self.packed = packed
         self.logical_length = logical_length
         self.advance = advance
         self.is_sliding = full.sliding_window is not None
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: a packed pass stores no new keys."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hand the packed keys and values through, tagged."""
+        """Hand the packed keys and values through, tagged; none is stored."""
         return attention.tag(key_states, self), value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the packed length and the document's."""
         return query_length, self.logical_length
-
-    def get_seq_length(self) -> int:
-        """Return the document's logical length."""
-        return self.logical_length
-
-    def get_max_length(self) -> int:
-        """Return -1: no maximum."""
-        return -1
 
     def attend(
         self,
@@ -167,6 +157,14 @@ class PackedLayer(CacheLayerMixin):
         """Map (num_heads, num_rows, head_dim) queries and (num_kv_heads, num_rows, head_dim) local keys and values to
         outputs of the queries' shape."""
         raise TypeError(f"{type(self).__name__} does not define attend_packed")
+
+    @contextmanager
+    def naming(self, head: int) -> Iterator[None]:
+        """Put layer and KV head before the sentence of a NumericalError that is raised inside."""
+        try:
+            yield
+        except NumericalError as error:
+            raise NumericalError(f"Layer {self.index}, KV head {head}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -244,6 +242,8 @@ class WindowLayer(PackedLayer):
 def run_packed(loaded: LoadedModel, packed: Packed, layers: Sequence[PackedLayer]) -> None:
     """Run the packed segments through the decoder; what is learnt stays in ``layers``. No logits are formed."""
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=loaded.device)  # 4-d masks are passed on untouched
+    for index, layer in enumerate(layers):
+        layer.index = index
     loaded.model.get_decoder()(
         input_ids=packed.token_ids.to(loaded.device),
         position_ids=packed.position_ids.to(loaded.device),

@@ -60,7 +60,8 @@ def compact_faithfully(study: Study, num_kept: int, require_kl: float) -> Compac
             return with_tried(cache, tried) if job.settings.grow else cache
         kept = tried[-1]["kept_keys"]
         job.reporter.note(f"KL {kl:.3g} nats per token with {kept:,} keys, above --require-kl {require_kl:g}.")
-    raise too_far(job, kl, require_kl, everything=kept >= every_key(job))
+    reached = size if job.settings.method == "summary" else kept  # a summary may stay below its size
+    raise too_far(job, kl, require_kl, everything=reached >= every_key(job))
 
 
 def sizes_to_try(job: Job, num_kept: int) -> Iterator[int]:
@@ -84,14 +85,17 @@ def held_out_kl(job: Job, cache: CompactedCache) -> float:
 
 def too_far(job: Job, kl: float, require_kl: float, *, everything: bool) -> FidelityError:
     """Return the error of a cache whose held-out KL is above what is required."""
+    in_words = job.settings.method == "summary"
     remedy = "keep more (--keep-ratio, --target-tokens, --max-bytes) or give --grow"
     if job.settings.max_error is not None:
         remedy = "lower --max-error"
-    if everything:
+    if everything and in_words:
+        remedy = "it may be as long as the document already, so raise --require-kl or take another --method"
+    elif everything:
         remedy = "every key is kept already, so raise --require-kl or take --cache-dtype float32"
     return FidelityError(
-        f"The compacted {job.document.name} is {kl:.3g} nats per token away from the full cache on held-out questions, "
-        f"above --require-kl {require_kl:g}; {remedy}."
+        f"The {'summary of' if in_words else 'compacted'} {job.document.name} is {kl:.3g} nats per token away from the "
+        f"full cache on held-out questions, above --require-kl {require_kl:g}; {remedy}."
     )
 
 
@@ -123,7 +127,10 @@ def compact_study(
 
     def save_sidecar(path: AnyPath, force: bool) -> None:
         if curves is not None:
-            save_curves(path, curves, chunk=GREEDY_CHUNK, force=force)
+            try:
+                save_curves(path, curves, chunk=GREEDY_CHUNK, force=force)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"interrupted; {path} is written, its curves are not") from None
         elif force:
             remove_stale_curves(path)
 

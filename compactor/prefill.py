@@ -7,15 +7,17 @@ fitted, the queries themselves are kept in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from compactor import attention
+from compactor.attach import AttendingCacheLayer
+from compactor.errors import NumericalError
 from compactor.types import LayerCache, Reporter
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Prefilled:
         return [i for i, layer in enumerate(self.layers) if layer.sliding_window is None]
 
 
-class GrowingLayer(CacheLayerMixin):
+class GrowingLayer(AttendingCacheLayer):
     """A full-attention layer during prefill: a preallocated dense cache that may observe the document's queries."""
 
     is_sliding = False
@@ -66,7 +68,8 @@ class GrowingLayer(CacheLayerMixin):
         keep_queries: bool = False,
         observer: Observer | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
+        self.is_initialized = False  # until `lazy_initialization`
         self.keep_queries = keep_queries
         self.observer = observer
         self.capacity = capacity
@@ -177,10 +180,6 @@ class GrowingLayer(CacheLayerMixin):
         """Return the length after the next update, and offset 0."""
         return self.length + query_length, 0
 
-    def get_seq_length(self) -> int:
-        """Return the number of tokens stored."""
-        return self.length
-
     def get_max_length(self) -> int:
         """Return the allocated length."""
         return self.capacity
@@ -258,7 +257,8 @@ def prefill(
 
     head_gains: (num_layers, num_heads) float32 to score keys by the document's own queries, or None; ``keep_queries``
     keeps these queries too. observers: per full-attention layer, what to show the attention of every row (this takes
-    the explicit attention of `GrowingLayer.attend`). Logits are never formed.
+    the explicit attention of `GrowingLayer.attend`). Logits are never formed. Raises NumericalError where keys or
+    values are not finite.
     """
     model = loaded.model
     attention.register(model)
@@ -295,4 +295,13 @@ def prefill(
                 result.context_scores[i] = layer.scores[:, len(prefix_ids) :]
                 if keep_queries:
                     result.context_queries[i] = torch.cat(layer.observed, dim=1)
+    check_finite(result.layers)
     return result
+
+
+def check_finite(layers: Sequence[LayerCache]) -> None:
+    """Raise NumericalError where a key or value of the full cache is not finite."""
+    finite = torch.stack([torch.isfinite(part).all().cpu() for one in layers for part in (one.keys, one.values)])
+    if not bool(finite.all()):
+        index = int(finite.logical_not().nonzero()[0]) // 2
+        raise NumericalError(f"Layer {index}: the model's keys or values are not finite; {NumericalError.REMEDY}.")

@@ -72,9 +72,18 @@ def pad_token_id(loaded: LoadedModel) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Start torch's global generators from ``seed``; their state is restored afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    """Start torch's global generators of the CPU and of ``device`` from ``seed``; their state is restored afterwards.
+
+    Those of other devices are left alone; ``torch.manual_seed`` would start them all.
+    """
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
         yield
 
 

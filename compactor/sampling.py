@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from compactor import attention
-from compactor.attach import dense_heads, window_visibility
+from compactor.attach import AttendingCacheLayer, dense_heads, window_visibility
 from compactor.reference_queries import left_pad, pad_token_id, stop_token_ids
 from compactor.types import LayerCache
 
@@ -43,10 +43,8 @@ class Sections:
         return cls(count, step, num_document - (count - 1) * step)
 
 
-class SharedLayer(CacheLayerMixin):
+class SharedLayer(AttendingCacheLayer):
     """One layer of a batch: the document, shared, and a preallocated tail per row."""
-
-    supports_early_init = False
 
     def __init__(
         self,
@@ -60,10 +58,9 @@ class SharedLayer(CacheLayerMixin):
     ) -> None:
         """The first ``sections.count * rows_per_section`` rows see their section, the others the whole document;
         padding: (batch,) int64, tokens at the start of each row's tail that nobody sees."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.full, self.logical_length, self.prefix_length = full, logical_length, prefix_length
         self.is_sliding = full.sliding_window is not None
-        self.is_initialized = True
         self.padding, self.capacity, self.length = padding, capacity, 0
         self.sections, self.rows_per_section = sections, rows_per_section
         self.num_section_rows = 0 if self.is_sliding else sections.count * rows_per_section
@@ -74,9 +71,6 @@ class SharedLayer(CacheLayerMixin):
                 part[:, prefix_length:].unfold(1, sections.size, sections.step).transpose(2, 3).flatten(0, 1)
                 for part in (keys, values)
             )  # (num_kv_heads * count, size, head_dim)
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the tail is allocated by the first update."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -172,10 +166,6 @@ class SharedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length of the tail after the next update, and the position at which it begins."""
         return self.length + query_length, self.logical_length
-
-    def get_seq_length(self) -> int:
-        """Return the logical length: tokens of prefix, document and tail."""
-        return self.logical_length + self.length
 
     def get_max_length(self) -> int:
         """Return the longest sequence that fits."""

@@ -20,6 +20,8 @@ from compactor.reference_queries import repeat_segments
 from compactor.self_study import self_study_segments
 from compactor.solve.chunk_grams import ChunkGrams, GramLayer, add_diagonal
 from compactor.solve.fit import FitInputs, FitLayer
+from compactor.solve.key_scores import KeySums, ScoreLayer
+from compactor.solve.refine import Refiner
 from compactor.solve.scores import value_distances
 from compactor.solve.select import LayerCurves, Selection, greedy_curves, select_keys
 from compactor.types import Advance, LayerCache, Segment
@@ -148,14 +150,64 @@ def source_weights(job: Job, segments: Sequence[Segment]) -> dict[str, float]:
     return {source: len(job.document_ids) / count for source, count in rows.items()}
 
 
-def choose_keys(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:
-    """Order all keys: greedily where reference segments follow the document, else by the document's own queries."""
+Choose = Callable[[Study, list[Segment], dict[str, float], int], Selection]
+
+
+def choose_keys(
+    study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int, choose: Choose
+) -> Selection:
+    """Order all keys by ``choose``; where no reference segment follows the document, by the document's own queries."""
     if segments:
-        return greedy_selection(study, segments, weights, picks_per_chunk(study, num_kept))
+        return choose(study, segments, weights, num_kept)
     if study.full.context_scores:
         return context_selection(study)
     num_document, num_kv_heads = len(study.job.document_ids), study.job.loaded.num_kv_heads
     return select_keys(torch.zeros(len(study.full.full_layers), num_kv_heads, num_document))
+
+
+def by_score(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:
+    """Order all keys by what each alone is worth (solve/key_scores.py), for any size."""
+    return scored_selection(study, segments, weights)
+
+
+def greedily(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:
+    """Order all keys greedily (solve/greedy.py), as deep as ``num_kept`` needs."""
+    return greedy_selection(study, segments, weights, picks_per_chunk(study, num_kept))
+
+
+def scored_selection(study: Study, segments: list[Segment], weights: dict[str, float]) -> Selection:
+    """Order all keys by their single scores, in common currency; the document's own queries add theirs."""
+    full, num_kv_heads = study.full, study.job.loaded.num_kv_heads
+    sums: dict[int, KeySums] = {}
+
+    def sums_of(i: int, head_dim: int, device: torch.device) -> KeySums:
+        if i not in sums:
+            sums[i] = KeySums.empty(num_kv_heads, len(study.job.document_ids), head_dim, device)
+        return sums[i]
+
+    def make(i: int, layer: LayerCache, packed: Packed, advance: Advance) -> ScoreLayer:
+        return ScoreLayer(
+            layer,
+            packed,
+            full.logical_length,
+            advance,
+            prefix_length=full.prefix_length,
+            head_gains=study.job.head_gains[i],
+            source_weights=weights,
+            sums=partial(sums_of, i),
+        )
+
+    for batch in groups(segments, GRAM_ROWS):
+        study.run_layers(batch, "select", make)
+    own = {i: scores * weights["context"] for i, scores in full.context_scores.items() if "context" in weights}
+    return select_keys(
+        torch.stack(
+            [
+                (sums[i].scores(full.layers[i], full.prefix_length, own.get(i)) / full.residual_norms[i] ** 2).cpu()
+                for i in full.full_layers
+            ]
+        )
+    )
 
 
 def context_selection(study: Study) -> Selection:
@@ -290,13 +342,19 @@ class GramPass:
 
 
 def fit(
-    study: Study, segments: list[Segment], weights: dict[str, float], selection: Selection, counts: torch.Tensor
+    study: Study,
+    segments: list[Segment],
+    weights: dict[str, float],
+    selection: Selection,
+    counts: torch.Tensor,
+    refine_steps: int = 0,
 ) -> dict[int, FitLayer]:
     """Fit all layers in one on-policy pass; returns the fitted layer of each compacted index."""
     job, full = study.job, study.full
     # Without segments (context queries alone) one token of suffix carries the pass through the layers.
     carried = segments or [Segment(tuple(job.prompt.question_ids("")[:1]), "carrier")]
     fits: dict[int, FitLayer] = {}
+    refiner = Refiner(refine_steps, job.settings.seed) if refine_steps else None
 
     def make(i: int, layer: LayerCache, packed: Packed, advance: Advance) -> FitLayer:
         row = len(fits)
@@ -311,6 +369,7 @@ def fit(
             settings=job.settings,
             curve_gains=by_position(selection, row) if job.settings.keep_curves else None,
             curve_chunk=GREEDY_CHUNK,
+            refiner=refiner,
             currency=float(full.residual_norms[i]) ** -2,
         )
         fits[i] = FitLayer(layer, packed, full.logical_length, advance, inputs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from compactor.job import num_compacted, prepare
 from compactor.methods import Compacted, get_method
 from compactor.model import LoadedModel, load_model
 from compactor.pipeline import compact, compact_study, every_key
+from compactor.reference_queries import seeded
 from compactor.study import Study, prefill_document
 
 TEXT = (
@@ -266,6 +268,56 @@ def test_the_questions_are_sampled_with_another_seed_than_the_fit(
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+class Generators:
+    """Stands in for ``torch.cuda`` or ``torch.mps``: a generator per device, one of them the current one's."""
+
+    def __init__(self, count: int) -> None:
+        self.all = [torch.Generator().manual_seed(100 + i) for i in range(count)]
+        self.current = 0
+
+    def of(self, device: torch.device) -> torch.Generator:
+        return self.all[self.current if device.index is None else device.index]
+
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        return self.of(device).get_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        self.of(device).set_state(state)
+
+    def manual_seed(self, seed: int) -> None:
+        self.all[self.current].manual_seed(seed)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, self.current if device.index is None else device.index
+        yield
+        self.current = before
+
+    def states(self) -> list[list[int]]:
+        return [generator.get_state().tolist() for generator in self.all]
+
+
+@pytest.mark.parametrize("name", ["cpu", "mps", "cuda", "cuda:1"])
+def test_seeding_reaches_one_device_and_leaves_every_generator_as_it_was(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = {"cuda": Generators(2), "mps": Generators(1)}
+    for kind, fake in fakes.items():
+        for method in ("get_rng_state", "set_rng_state", "manual_seed", *(["device"] if kind == "cuda" else [])):
+            monkeypatch.setattr(getattr(torch, kind), method, getattr(fake, method))
+    device = torch.device(name)
+    before = [torch.get_rng_state().tolist(), *(fake.states() for fake in fakes.values())]
+    draws = []
+    for _ in range(2):
+        with seeded(5, device):
+            used = torch.default_generator if name == "cpu" else fakes[device.type].of(device)
+            draws.append([float(torch.rand(1)), float(torch.rand(1, generator=used))])
+            others = [g for fake in fakes.values() for g in fake.all if g is not used]
+            assert all(g.initial_seed() != 5 for g in others)
+        assert [torch.get_rng_state().tolist(), *(fake.states() for fake in fakes.values())] == before
+    assert draws[0] == draws[1]
+
+
 def test_sections_are_spread_over_the_whole_document(tmp_path: Path) -> None:
     text = " ".join(f"word{i:04d}" for i in range(400))
     job = prepare(
@@ -409,6 +461,18 @@ def test_grow_ends_at_the_full_cache(tmp_path: Path) -> None:
     settings = CompactSettings(method="random", keep_ratio=0.3, require_kl=1e-12, grow=True)
     with pytest.raises(FidelityError, match="every key is kept already"):
         compact(document(), loaded, settings)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
+def test_a_summary_that_is_too_far_is_called_one_and_never_keeps_every_key(keep_ratio: float, tmp_path: Path) -> None:
+    loaded = study_of(tmp_path).job.loaded
+    settings = CompactSettings(method="summary", keep_ratio=keep_ratio, require_kl=1e-12)
+    with pytest.raises(FidelityError, match=r"^The summary of lease is .* away from the full cache") as caught:
+        compact(document(), loaded, settings)
+    longest = keep_ratio == 1.0
+    assert ("; it may be as long as the document already, so raise --require-kl" in str(caught.value)) == longest
+    assert ("; keep more (--keep-ratio" in str(caught.value)) == (not longest)
+    assert "key is kept" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from conftest import ROOT, Command
+from typer.testing import CliRunner
 
 import compactor
 from compactor import errors
-from compactor.cli import compact, failures, reference, units
+from compactor.cli import compact, failures, options, reference, units
 from compactor.cli.app import COMMANDS
+from compactor.config import CompactSettings
 
 HEAVY = ("torch", "transformers", "scipy", "numpy", "safetensors", "rich.table", "matplotlib")
 PROBE = """
@@ -360,9 +363,31 @@ def test_estimate_is_shown_with_units() -> None:
     assert shown.splitlines() == ["peak bytes  2.0 MB", "total       75.0 s", "phases      fit 2.50 s"]
 
 
+def test_the_options_of_the_settings_reach_their_fields() -> None:
+    taken: list[CompactSettings] = []
+
+    @options.with_settings
+    def take(*, settings: CompactSettings) -> None:
+        taken.append(settings)
+
+    app = typer.Typer()
+    app.command()(take)
+    given: dict[str, Any] = {
+        "queries": "repeat, context", "chunk": 64, "keep_ratio": 0.3, "min_log_bias": -1.0, "system": "Be brief.",
+    }  # fmt: skip
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    for arguments in ([], [*words, "--keep-curves", "--no-certify"]):
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    plain, told = taken
+    assert plain == CompactSettings()
+    given["queries"] = ("repeat", "context")
+    assert told == CompactSettings(**given, keep_curves=True, certify=False)
+    assert isinstance(CliRunner().invoke(app, ["--method=h2o", "--chunk=64"]).exception, errors.SettingsError)
+
+
 def test_library_call_refuses_settings_and_options_together() -> None:
     with pytest.raises(errors.SettingsError, match="either settings or seed"):
-        compactor.compact("text", settings=compact.COMPACT_DEFAULTS, seed=1)
+        compactor.compact("text", settings=options.COMPACT_DEFAULTS, seed=1)
     with pytest.raises(errors.SettingsError, match="keep_ration"):
         compactor.compact("text", keep_ration=0.5)
 

@@ -39,6 +39,7 @@ from compactor.errors import (
     MemoryShortError,
     MismatchError,
     ModelError,
+    NumericalError,
     OutputError,
     SettingsError,
 )
@@ -88,6 +89,7 @@ def write_documents(bad: Path) -> None:
 
 
 def write_models(bad: Path) -> None:
+    from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
     make_tiny("llama", bad / "other", window=1024, seed=1)
@@ -103,6 +105,10 @@ def write_models(bad: Path) -> None:
     make_tiny("llama", bad / "unsupported")
     config = json.loads((bad / "unsupported" / "config.json").read_text())
     (bad / "unsupported" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    make_tiny("llama", bad / "nan", window=1024)
+    weights = load_file(bad / "nan" / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"][0, 0] = float("nan")
+    save_file(weights, bad / "nan" / "model.safetensors", metadata={"format": "pt"})
     make_tiny("llama", bad / "damaged")
     weights = bad / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -238,6 +244,9 @@ CASES: dict[str, list[Case]] = {
         ),
         ("query bad/doc.kv Why? -m bad/family", MismatchError, "bad/family (qwen2, 3 layers): the config"),
     ],
+    "numbers that are none": [
+        ("compact bad/doc.txt -m bad/nan", NumericalError, "Layer 1: the model's keys or values are not finite; take"),
+    ],
     "another tokenizer": [
         ("query bad/doc.kv Why? -m bad/retokenized", MismatchError, ": the tokenizer differs"),
     ],
@@ -287,8 +296,14 @@ CASES: dict[str, list[Case]] = {
         ("recompact bad/doc.kv -r 0", SettingsError, "above 0 and at most 1"),
         ("recompact bad/doc.kv -r 0.1", CacheFileError, "has no curves beside it"),
         ("compact bad/doc.txt --max-error 0", SettingsError, "give a positive number"),
-        ("compact bad/doc.txt --max-error 0.1 --method kvzip", SettingsError, "need one of the methods fast, balanced"),
-        ("compact bad/doc.txt --budget b.json --method kvzip", SettingsError, "need one of the methods fast, balanced"),
+        ("compact bad/doc.txt --method kvzip", SettingsError, "--method kvzip does not use --queries context;"),
+        ("batch bad/folder --method kvzip", SettingsError, "--method kvzip does not use --queries context;"),
+        ("batch bad/folder --method fast --chunk 64", SettingsError, "--method fast does not use --chunk; leave it"),
+        (
+            "compact bad/doc.txt --queries '' --method h2o --max-error 0.1 --ridge 1 --max-log-bias 2 --budget b.json",
+            SettingsError,
+            "h2o does not use --max-error, --budget, --ridge, --max-log-bias; leave them out, or take one of fast, bal",
+        ),
         (
             "compact bad/doc.txt --max-error 0.1 --require-kl 0.1 --grow",
             SettingsError,
@@ -484,7 +499,7 @@ def test_a_file_size_limit_of_the_system_leaves_the_older_result(place: Path) ->
             cwd=place, input=stdin, capture_output=True, text=True, check=False, preexec_fn=limit,
         )  # fmt: skip
 
-    line = "compact bad/doc.txt --method streaming --no-certify"
+    line = "compact bad/doc.txt --method streaming --queries '' --no-certify"
     assert "larger than the system allows" in refusal(run, place, line, OutputError.exit_code)
 
 

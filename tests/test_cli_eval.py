@@ -15,7 +15,7 @@ from tiny_models import TRAINING_TEXT, make_tiny
 from compactor.evaluate import runner
 from compactor.evaluate.records import ResultsFile
 
-METHODS = ("--method", "truncation,random", "--keep-ratio", "0.5,0.2", "--self-study-tokens", "32")
+METHODS = ("--method", "truncation,random", "--keep-ratio", "0.5,0.2")
 QUESTIONS = (
     ("When is rent due?", "the first day", None),
     ("What does clause 7 say?", "repairs under 150 euros are paid by the tenant", None),
@@ -153,8 +153,13 @@ def test_a_failed_combination_is_in_the_file_and_in_the_exit_code(invoke: Comman
     done = invoke("eval", "-m", folder / "tiny", "--device", "cpu", "--max-new-tokens", "2", *options, "-o", "f.jsonl")
     assert done.returncode == 9
     assert done.stderr.splitlines()[-1].startswith("error: 2 of 4 results failed; f.jsonl says why.")
-    assert "too many for the model's window" in done.stderr
-    assert "700 tokens" in done.stdout
+    assert done.stderr.count("too many for the model's window") == 1  # of the document, not of each result
+    assert "note: 2 results of f.jsonl failed and take no part; it says why." in done.stderr
+    before, long = done.stdout.split("needle, 5,000 tokens")
+    assert "needle, 700 tokens" in before and "failed" not in before
+    assert "full cache: 1 document failed" in long and long.count("1 document failed") == 2
+    report = invoke("eval", "--report", "-o", "f.jsonl")
+    assert (report.returncode, report.stdout) == (0, done.stdout)
 
 
 def test_a_plot_is_drawn(invoke: Command, results: Path, tmp_path: Path) -> None:
@@ -179,6 +184,13 @@ def test_a_plot_is_drawn(invoke: Command, results: Path, tmp_path: Path) -> None
         (("--max-new-tokens", "0"), 2, "--max-new-tokens is 0"),
         (("--time-limit", "nan"), 2, "--time-limit is nan; give a positive number of seconds."),
         (("--queries", "guesses"), 2, "--queries does not know 'guesses'"),
+        (
+            ("--method", "fast,random,kvzip", "--self-study-tokens", "9"),
+            2,
+            "None of fast, random, kvzip uses --self-study-tokens; leave it out, or take one of balanced, best,",
+        ),
+        (("--method", "attention-matching-rms,kvzip", "--queries", "repeat,context"), 2, "uses --queries context;"),
+        (("--method", "kvzip", "--queries", "repeat"), 2, "--method kvzip does not use --queries repeat;"),
         (("--seed", str(2**63 - 1), "--documents", "2"), 2, "the last seed is too large"),
         (("--report",), 2, "results.jsonl does not exist; name the results with -o FILE."),
         (("-o", "no/such/folder/r.jsonl"), 7, "The folder no/such/folder does not exist"),

@@ -246,12 +246,46 @@ def test_a_failure_is_recorded_with_its_sentence_and_the_others_go_on(
         evaluation = evaluate(loaded, path, given)
     assert (evaluation.num_failed, evaluation.num_done) == (5 + 2, 3)
     failed = [record for record in lines(path) if record["status"] == "failed"]
-    assert [r["error"] for r in failed] == ["DocumentError", "SettingsError", "SettingsError"]
-    assert "too many for the model's window of 2,048" in failed[0]["message"]
-    assert failed[1]["message"] == "The method is broken; mend it."
+    assert [r["error"] for r in failed] == ["DocumentError"] * 5 + ["SettingsError"] * 2
+    assert all("too many for the model's window of 2,048" in record["message"] for record in failed[:5])
+    assert failed[5]["message"] == "The method is broken; mend it."
+    counts = {
+        (cell.task, cell.method, cell.keep_ratio): (cell.documents, cell.failed)
+        for cell in table(ResultsFile(path).records)
+    }
+    assert {key: count for key, count in counts.items() if key[0] == "long"} == {
+        ("long", *combination): (0, 1) for combination in PLAN.combinations
+    }
+    others = {key: count for key, count in counts.items() if key[0] != "long"}
+    assert others == {key: (0, 1) if key[1] == "truncation" else (1, 0) for key in others} and len(others) == 5
     mended = evaluate(loaded, path, given)  # what failed is tried again, and a result replaces its failure
     assert (mended.num_failed, mended.num_done, mended.num_present) == (5, 2, 3)
-    assert [r.document for r in ResultsFile(path).records if r.status == "failed"] == ["long-0"]
+    assert [r.document for r in ResultsFile(path).records if r.status == "failed"] == ["long-0"] * 5
+
+
+def test_what_is_there_of_a_document_that_now_fails_is_not_counted_twice(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, given = tmp_path / "r.jsonl", sources()[:1]
+    evaluate(loaded, path, given)
+    kept = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:3]))
+
+    def broken(*_arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(runner, "Bench", broken)
+    again = evaluate(loaded, path, given)
+    assert (again.num_present, again.num_done, again.num_failed) == (3, 0, 2)
+    assert [r["status"] for r in lines(path)] == ["done"] * 3 + ["failed"] * 2
+    assert [(cell.documents, cell.failed) for cell in table(ResultsFile(path).records)] == [(1, 0)] * 3 + [(0, 1)] * 2
+
+
+def test_a_mean_is_of_the_documents_that_did_not_fail() -> None:
+    done = [made_up(i, kl, None) for i, kl in enumerate((0.1, 0.3))]
+    (cell,) = table([*done, replace(made_up(2, 9.0, None), status="failed", kl=[], scores=[])])
+    assert (cell.documents, cell.failed, cell.questions) == (2, 1, 2)
+    assert cell.kl is not None and cell.kl.mean == pytest.approx(0.4)
 
 
 # --------------------------------------------------------------------------------------------- the numbers

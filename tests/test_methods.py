@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import torch
 from tiny_models import make_tiny
 
 from compactor.attach import attach_layers, dense_heads, load
-from compactor.config import BASELINES, METHODS, CompactSettings
+from compactor.config import BASELINES, METHOD_QUERIES, METHOD_SETTINGS, METHODS, CompactSettings
 from compactor.document import make_document
-from compactor.errors import DocumentError
+from compactor.errors import DocumentError, SettingsError
 from compactor.job import prepare, target_total
 from compactor.methods import Compacted, attention_matching_omp, get_method, kvzip, method_module
 from compactor.methods.attention_matching import Head, MatchLayer, fit_values, mass_system
@@ -137,6 +138,50 @@ def test_every_method_has_a_module_a_summary_and_a_function(method: str) -> None
     module = method_module(method)
     assert module.SUMMARY and "\n" not in module.SUMMARY
     assert callable(get_method(method))
+
+
+class Watched(CompactSettings):
+    """Settings that remember which of the options that not every method uses were looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in OPTIONS:
+            READ.add(name)
+        return super().__getattribute__(name)
+
+
+OPTIONS = {name for names in METHOD_SETTINGS.values() for name in names} - {"max_error"}  # every size is asked for it
+READ: set[str] = set()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_table_of_settings_says_what_every_method_looks_at(method: str, lease: Study) -> None:
+    fields = {**vars(lease.job.settings), "self_study_tokens": None, "queries": ()}
+    study = Study(replace(lease.job, settings=Watched(**fields)), lease.full)
+    READ.clear()
+    compact(study, method)
+    assert set(METHOD_SETTINGS.get(method, ())) & OPTIONS == READ
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_does_not_use_is_refused(method: str) -> None:
+    uses = METHOD_SETTINGS.get(method, ())
+    special = {"budget": "b.json", "keep_curves": True, "min_log_bias": -1.0, "max_log_bias": 2.0}
+    for name in (*OPTIONS, "max_error"):
+        value = special.get(name, 64)
+        if name in uses:
+            assert getattr(CompactSettings(method=method, **{name: value}), name) == value
+        else:
+            with pytest.raises(SettingsError, match=f"--method {method} does not use --{name.replace('_', '-')}; "):
+                CompactSettings(method=method, **{name: value})
+    for source in ("context", "repeat", "self-study"):
+        if source in METHOD_QUERIES.get(method, ()):
+            assert CompactSettings(method=method, queries=(source,)).queries == (source,)
+        else:
+            with pytest.raises(SettingsError, match=f"--method {method} does not use --queries {source}; "):
+                CompactSettings(method=method, queries=(source,))
+    settings = CompactSettings(method=method)
+    assert settings.queries == METHOD_QUERIES.get(method, ())
+    assert replace(settings, keep_ratio=0.3).queries == settings.queries
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from compactor import document as documents
 from compactor import estimate
 from compactor.attach import AttachedCache, CompactedCache, attach_layers
 from compactor.cli import demo
-from compactor.config import METHODS, QUERY_SOURCES, CompactSettings, DecodeSettings
+from compactor.config import METHOD_SETTINGS, METHODS, QUERY_SOURCES, CompactSettings, DecodeSettings
 from compactor.decode import answer_question
 from compactor.document import Document, make_document
 from compactor.evaluate.compare import compare_answers
@@ -42,6 +43,12 @@ TEXT = (
     "the tenant. The landlord may not enter without notice. Interest of 4.5% is due after 30 days. "
 )
 FAST = {"self_study_tokens": 64, "reserve": 128, "certify": False}
+
+
+def quick(method: str) -> dict[str, Any]:
+    """The same for any method: self-study where it has one."""
+    studies = "self_study_tokens" in METHOD_SETTINGS.get(method, ())
+    return {**FAST, "method": method, "self_study_tokens": 16 if studies else None}
 
 
 def tiny(folder: Path, family: str = "llama", num_heads: int = 4, num_kv_heads: int = 2, **fields: int) -> LoadedModel:
@@ -248,7 +255,7 @@ def test_the_estimate_names_the_phases_of_the_run(method: str, tmp_path: Path, m
     monkeypatch.setattr(estimate, "matrix_rate", lambda *_: 1e9)
     monkeypatch.setattr(estimate, "copy_rate", lambda *_: 1e9)
     loaded, text = tiny(tmp_path), document(1)
-    settings = CompactSettings(**{**FAST, "method": method, "self_study_tokens": 16, "certify": method == "random"})
+    settings = CompactSettings(**{**quick(method), "certify": method == "random"})
     expected = estimate.phase_seconds(prepare(text, loaded, settings), weights=10**6)
     assert list(expected) == list(compact(text, loaded, settings).metadata.report["seconds"])
     assert all(0 <= seconds < float("inf") for seconds in expected.values())
@@ -275,7 +282,7 @@ def test_the_estimate_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("size", [{"keep_ratio": 0.3}, {"max_bytes": 30_000}, {"target_tokens": 9}])
 def test_the_estimated_bytes_are_those_of_the_file(size: dict[str, float], tmp_path: Path) -> None:
-    loaded, settings = tiny(tmp_path, "gemma3_text"), CompactSettings(**FAST, **size, method="random")
+    loaded, settings = tiny(tmp_path, "gemma3_text"), CompactSettings(**quick("random"), **size)
     expected = estimate.estimate(document(), loaded, settings)
     report = compact(document(), loaded, settings).metadata.report
     assert (expected.tensor_bytes, expected.full_bytes) == (report["tensor_bytes"], report["full_bytes"])
@@ -285,9 +292,7 @@ def test_the_estimated_bytes_are_those_of_the_file(size: dict[str, float], tmp_p
 @pytest.mark.parametrize("method", ["fast", "best"])
 def test_the_report_counts_the_rows_of_the_methods_own_segments(method: str, tmp_path: Path) -> None:
     """Neither uses the segments of `balanced`: fast repeats a sample, best studies four times as much."""
-    rows = compact(document(5), tiny(tmp_path), CompactSettings(method=method, **FAST)).metadata.report[
-        "reference_rows"
-    ]
+    rows = compact(document(5), tiny(tmp_path), CompactSettings(**quick(method))).metadata.report["reference_rows"]
     assert rows["context"] > 0 and rows["repeat"] > 0
     assert ("self-study" in rows) == (method == "best")
 

@@ -21,6 +21,7 @@ from small_caches import DTYPES, assert_bit_equal, make_layer, make_metadata
 from tiny_models import TRAINING_TEXT, make_tiny
 from typer.testing import CliRunner
 
+from compactor import pipeline
 from compactor.attach import load
 from compactor.cache_file import load_cache, save_cache
 from compactor.cli.recompact import recompact_command
@@ -450,7 +451,8 @@ def test_a_library_call_does_the_same(saved: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------- end to end
 
-KEEPING = ("--device", "cpu", "--self-study-tokens", "32", "--chunk", "64", "--no-certify", "--quiet", "--keep-curves")
+KEEPING = ("--device", "cpu", "--no-certify", "--quiet", "--keep-curves")
+STUDYING = ("--self-study-tokens", "32", "--chunk", "64")
 QUESTION = "What does clause 7 say?"
 
 
@@ -469,7 +471,7 @@ def test_compact_keeps_curves_and_a_smaller_file_made_of_them_answers(
     family: str, method: str, invoke: Command, folder: Path, tmp_path: Path
 ) -> None:
     words = ("compact", folder / "doc.txt", "-m", folder / family, *KEEPING, "--method", method)
-    done = invoke(*words, "--keep-ratio", "0.5")
+    done = invoke(*words, "--keep-ratio", "0.5", *(STUDYING if method == "balanced" else ()))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["doc.kv", "doc.kv.curves"]
     large, _ = load_cache(tmp_path / "doc.kv")
@@ -525,7 +527,7 @@ def test_a_cache_without_its_sidecar_cannot_be_recompacted(invoke: Command, fold
     [
         (("--keep-ratio", "1"), "--keep-curves with --keep-ratio 1 has nothing to learn"),
         (("--target-tokens", "100000"), "--keep-curves has nothing to learn where every key is kept"),
-        *((("--method", method), "--keep-curves need one of the methods fast, balanced, best") for method in BASELINES),
+        *((("--method", method), "--keep-curves; leave") for method in BASELINES),
     ],
 )
 def test_curves_that_cannot_be_learnt_are_refused(
@@ -536,6 +538,20 @@ def test_curves_that_cannot_be_learnt_are_refused(
     [error] = done.stderr.splitlines()
     assert error.startswith("error: ") and words in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_between_the_two_files_says_which_is_there(
+    invoke: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "save_curves", interrupt)
+    done = invoke("compact", folder / "doc.txt", "-m", folder / "llama", "--method", "fast", *KEEPING, "-o", "doc.kv")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "error: interrupted; doc.kv is written, its curves are not\n"
+    load_cache(tmp_path / "doc.kv")
+    assert [path.name for path in tmp_path.iterdir()] == ["doc.kv"]
 
 
 def test_a_sidecar_in_the_way_is_refused_before_the_work(invoke: Command, folder: Path, tmp_path: Path) -> None:
@@ -556,6 +572,27 @@ def test_a_batch_keeps_curves_beside_every_cache(invoke: Command, folder: Path, 
         small = invoke("recompact", f"out/{name}.txt.kv", "-o", f"{name}.kv", "-r", "0.2")
         assert small.returncode == 0, small.stderr
     assert "2 unchanged" in invoke(*words).stdout
+
+
+@pytest.mark.parametrize("damage", ["missing", "of another cache", "cut off", "of another kind"])
+def test_a_batch_makes_a_sidecar_again_that_is_not_there(
+    damage: str, invoke: Command, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "docs" / name).write_text(f"{name}: {TRAINING_TEXT}")
+    words = ("batch", "docs", "-o", "out", "-m", folder / "llama", *KEEPING, "--method", "fast", "--keep-ratio", "0.5")
+    assert invoke(*words).returncode == 0
+    curves = tmp_path / "out" / "a.txt.kv.curves"
+    sound = curves.read_bytes()
+    if damage == "missing":
+        curves.unlink()
+    else:
+        other = (tmp_path / "out" / "b.txt.kv.curves").read_bytes()
+        curves.write_bytes({"of another cache": other, "cut off": sound[:100], "of another kind": b"[]"}[damage])
+    assert "1 to compact, 1 unchanged" in invoke(*words, "--dry-run").stdout
+    assert "1 done, 1 unchanged" in invoke(*words).stdout
+    assert curves.read_bytes() == sound
 
 
 def test_only_our_own_sidecar_goes_with_the_cache_that_it_belonged_to(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from compactor import prefill
 from compactor.config import CompactSettings
-from compactor.errors import SettingsError
+from compactor.errors import NumericalError, SettingsError
 from compactor.packed import pack
 from compactor.prefill import context_spans, dense_layer
-from compactor.solve.biases import solve_box_nnls
+from compactor.solve.biases import cholesky_factor, solve_box_nnls
 from compactor.solve.budget import allocate, key_bytes, total_from_bytes
 from compactor.solve.fit import (
     FitInputs,
@@ -83,6 +83,16 @@ def test_unseen_keys_keep_bias_zero() -> None:
     fit = solve_box_nnls(torch.zeros(4, 4), torch.zeros(4), lower=0.05, upper=100.0)
     assert fit.converged
     assert torch.equal(fit.solution, torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_singular_matrix_gets_a_factor_and_one_that_has_none_is_an_error(dtype: torch.dtype) -> None:
+    ones = torch.ones(5, 5, dtype=dtype)
+    factor = cholesky_factor(ones)
+    torch.testing.assert_close(factor @ factor.T, ones, atol=1e-5, rtol=0.0)
+    for hopeless in (ones * torch.nan, torch.eye(5, dtype=dtype) - 20 * ones, torch.full_like(ones, torch.inf)):
+        with pytest.raises(NumericalError, match=r"^The equations of 5 keys cannot be solved; take --dtype float32"):
+            cholesky_factor(hopeless)
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e4])

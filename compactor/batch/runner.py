@@ -259,13 +259,19 @@ def _skipped(record: Record, made: Record) -> Record:
 
 
 def is_unchanged(job: Job, made: Record | None, input_sha256: str | None, settings_sha256: str) -> bool:
-    """Tell whether the output was made from the same bytes and settings and still has a sound header."""
+    """Tell whether the output was made from the same bytes and settings and still has a sound header, and its sidecar
+    beside it where the settings ask for one."""
     if made is None or made.output != job.output_name:
         return False
     if (made.input_sha256, made.settings_sha256) != (input_sha256, settings_sha256):
         return False
     try:
-        read_metadata(job.output)
+        metadata, _ = read_metadata(job.output)
+        if metadata.settings.get("keep_curves"):
+            from compactor.curves import has_curves  # needs torch
+
+            if not has_curves(job.output):
+                return False
         return job.output.stat().st_size == made.bytes
     except (CacheFileError, OSError):
         return False

@@ -26,6 +26,7 @@ COMMANDS = {
     "recompact": "compactor.cli.recompact:recompact_command",
     "budget": "compactor.cli.budget:budget_command",
     "eval": "compactor.cli.eval:eval_command",
+    "bench": "compactor.cli.bench:app",
     "inspect": "compactor.cli.inspect:inspect_command",
     "models": "compactor.cli.models:app",
     "doctor": "compactor.cli.doctor:doctor",

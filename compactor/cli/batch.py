@@ -13,39 +13,7 @@ import typer
 
 from compactor import console
 from compactor.cli.failures import DEBUG_VARIABLE, failure_of
-from compactor.cli.options import (
-    COMPACT_DEFAULTS,
-    Budget,
-    CacheDtype,
-    Certify,
-    Chunk,
-    Device,
-    Dtype,
-    Grow,
-    Json,
-    KeepCurves,
-    KeepRatio,
-    MaxBytes,
-    MaxError,
-    MaxLogBias,
-    Method,
-    MinLogBias,
-    Model,
-    Offline,
-    PrefillChunk,
-    Queries,
-    Quiet,
-    RequireKl,
-    Reserve,
-    Revision,
-    Ridge,
-    Seed,
-    SelfStudyTokens,
-    System,
-    TargetTokens,
-    Thinking,
-    split_list,
-)
+from compactor.cli.options import Device, Dtype, Json, Model, Offline, Quiet, Revision, with_settings
 from compactor.cli.units import show_bytes, show_seconds
 from compactor.config import CompactSettings
 from compactor.errors import BatchError
@@ -59,7 +27,9 @@ ENDINGS = {"done": "done", "skipped": "unchanged", "failed": "failed"}
 ACTIONS = {"compact": "to compact", "skip": "unchanged", "fail": "would fail"}
 
 
+@with_settings
 def batch_command(
+    *,
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder with the documents.")],
     output: Annotated[
         str,
@@ -90,29 +60,8 @@ def batch_command(
         ),
     ] = None,
     recursive: Annotated[bool, typer.Option("--recursive/--no-recursive", help="Go into subfolders.")] = True,
-    keep_ratio: KeepRatio = None,
-    target_tokens: TargetTokens = None,
-    max_bytes: MaxBytes = None,
-    max_error: MaxError = None,
     model: Model = None,
-    system: System = None,
-    method: Method = COMPACT_DEFAULTS.method,
-    queries: Queries = None,
-    self_study_tokens: SelfStudyTokens = None,
-    chunk: Chunk = COMPACT_DEFAULTS.chunk,
-    prefill_chunk: PrefillChunk = COMPACT_DEFAULTS.prefill_chunk,
-    reserve: Reserve = COMPACT_DEFAULTS.reserve,
-    ridge: Ridge = COMPACT_DEFAULTS.ridge,
-    min_log_bias: MinLogBias = COMPACT_DEFAULTS.min_log_bias,
-    max_log_bias: MaxLogBias = COMPACT_DEFAULTS.max_log_bias,
-    budget: Budget = None,
-    keep_curves: KeepCurves = COMPACT_DEFAULTS.keep_curves,
-    cache_dtype: CacheDtype = COMPACT_DEFAULTS.cache_dtype,
-    thinking: Thinking = COMPACT_DEFAULTS.thinking,
-    seed: Seed = COMPACT_DEFAULTS.seed,
-    certify: Certify = COMPACT_DEFAULTS.certify,
-    require_kl: RequireKl = None,
-    grow: Grow = COMPACT_DEFAULTS.grow,
+    settings: CompactSettings,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -134,36 +83,12 @@ def batch_command(
     run; documents whose bytes, settings and model are those of the last run are left as they are. Hidden
     files, binary files, linked folders and OUT itself are passed over. In a GLOB, * crosses folders.
     """
-    settings = CompactSettings(
-        keep_ratio=keep_ratio,
-        target_tokens=target_tokens,
-        max_bytes=max_bytes,
-        max_error=max_error,
-        method=method,
-        queries=split_list(queries),
-        self_study_tokens=self_study_tokens,
-        chunk=chunk,
-        prefill_chunk=prefill_chunk,
-        reserve=reserve,
-        ridge=ridge,
-        min_log_bias=min_log_bias,
-        max_log_bias=max_log_bias,
-        cache_dtype=cache_dtype,
-        system=system,
-        thinking=thinking,
-        seed=seed,
-        budget=budget,
-        keep_curves=keep_curves,
-        certify=certify,
-        require_kl=require_kl,
-        grow=grow,
-    )
     from compactor.batch.manifest import MANIFEST_NAME, Manifest
     from compactor.batch.runner import find_jobs, open_manifest
     from compactor.budget_profile import load_profile
 
-    if budget is not None:
-        load_profile(budget)
+    if settings.budget is not None:
+        load_profile(settings.budget)
     out = Path(output)
     batch = find_jobs(Path(folder), out, patterns=pattern or (), exclude=exclude or (), recursive=recursive)
     manifest = Manifest(out / MANIFEST_NAME) if dry_run else open_manifest(out)

@@ -13,7 +13,7 @@ from compactor.cli.units import show_fields
 
 
 def budget_command(
-    files: Annotated[list[str], typer.Argument(metavar="FILE.kv...", help="Compacted caches of one model.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE.kv", help="Compacted caches of one model.")],
     output: Annotated[
         str,
         typer.Option("-o", "--output", metavar="PROFILE.json", help="The profile to write, for `compact --budget`."),

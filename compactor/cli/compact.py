@@ -10,39 +10,7 @@ import typer
 
 from compactor import console
 from compactor.cli.inspect import show_fidelity
-from compactor.cli.options import (
-    COMPACT_DEFAULTS,
-    Budget,
-    CacheDtype,
-    Certify,
-    Chunk,
-    Device,
-    Dtype,
-    Grow,
-    Json,
-    KeepCurves,
-    KeepRatio,
-    MaxBytes,
-    MaxError,
-    MaxLogBias,
-    Method,
-    MinLogBias,
-    Model,
-    Offline,
-    PrefillChunk,
-    Queries,
-    Quiet,
-    RequireKl,
-    Reserve,
-    Revision,
-    Ridge,
-    Seed,
-    SelfStudyTokens,
-    System,
-    TargetTokens,
-    Thinking,
-    split_list,
-)
+from compactor.cli.options import Device, Dtype, Json, Model, Offline, Quiet, Revision, with_settings
 from compactor.cli.units import show_bytes, show_factor, show_fields, show_number, show_seconds
 from compactor.config import CompactSettings
 from compactor.errors import SettingsError
@@ -56,7 +24,9 @@ SUFFIX = ".kv"
 CURVES_SUFFIX = ".curves"  # as in curves.py, which needs torch
 
 
+@with_settings
 def compact_command(
+    *,
     document: Annotated[
         str,
         typer.Argument(metavar="DOC", help="Text, Markdown, source code, .pdf, .docx or .html; - is standard input."),
@@ -65,29 +35,8 @@ def compact_command(
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="The file to write; without it DOC's name with .kv, here."),
     ] = None,
-    keep_ratio: KeepRatio = None,
-    target_tokens: TargetTokens = None,
-    max_bytes: MaxBytes = None,
-    max_error: MaxError = None,
     model: Model = None,
-    system: System = None,
-    method: Method = COMPACT_DEFAULTS.method,
-    queries: Queries = None,
-    self_study_tokens: SelfStudyTokens = None,
-    chunk: Chunk = COMPACT_DEFAULTS.chunk,
-    prefill_chunk: PrefillChunk = COMPACT_DEFAULTS.prefill_chunk,
-    reserve: Reserve = COMPACT_DEFAULTS.reserve,
-    ridge: Ridge = COMPACT_DEFAULTS.ridge,
-    min_log_bias: MinLogBias = COMPACT_DEFAULTS.min_log_bias,
-    max_log_bias: MaxLogBias = COMPACT_DEFAULTS.max_log_bias,
-    budget: Budget = None,
-    keep_curves: KeepCurves = COMPACT_DEFAULTS.keep_curves,
-    cache_dtype: CacheDtype = COMPACT_DEFAULTS.cache_dtype,
-    thinking: Thinking = COMPACT_DEFAULTS.thinking,
-    seed: Seed = COMPACT_DEFAULTS.seed,
-    certify: Certify = COMPACT_DEFAULTS.certify,
-    require_kl: RequireKl = None,
-    grow: Grow = COMPACT_DEFAULTS.grow,
+    settings: CompactSettings,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -103,30 +52,6 @@ def compact_command(
 
     Give at most one of --keep-ratio, --target-tokens, --max-bytes and --max-error.
     """
-    settings = CompactSettings(
-        keep_ratio=keep_ratio,
-        target_tokens=target_tokens,
-        max_bytes=max_bytes,
-        max_error=max_error,
-        method=method,
-        queries=split_list(queries),
-        self_study_tokens=self_study_tokens,
-        chunk=chunk,
-        prefill_chunk=prefill_chunk,
-        reserve=reserve,
-        ridge=ridge,
-        min_log_bias=min_log_bias,
-        max_log_bias=max_log_bias,
-        cache_dtype=cache_dtype,
-        system=system,
-        thinking=thinking,
-        seed=seed,
-        budget=budget,
-        keep_curves=keep_curves,
-        certify=certify,
-        require_kl=require_kl,
-        grow=grow,
-    )
     path: str | Path | None = None
     if not dry_run:  # as it was given: Path would drop the slash that tells a folder
         path = default_output(document) if output is None else output
@@ -138,10 +63,10 @@ def compact_command(
 
         if path is not None:
             check_output(path, force)
-            if keep_curves:
+            if settings.keep_curves:
                 check_output(f"{path}{CURVES_SUFFIX}", force)
-        if budget is not None:
-            load_profile(budget)
+        if settings.budget is not None:
+            load_profile(settings.budget)
         text = read_document(document)
 
         from compactor import pipeline  # only now torch, which takes seconds to import
@@ -155,8 +80,8 @@ def compact_command(
             return
         cache = pipeline.compact(text, loaded, settings, reporter)
         sizes = cache.save(path, force=force)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; nothing was written") from None
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or "interrupted; nothing was written") from None
     if json:
         console.answer_json(summary(path, cache, sizes))
     else:

@@ -29,7 +29,7 @@ from compactor.cli.options import (
     split_list,
 )
 from compactor.cli.units import show_bytes, show_seconds
-from compactor.config import METHODS, QUERY_SOURCES, CompactSettings, DecodeSettings
+from compactor.config import METHODS, QUERY_SOURCES, CompactSettings, DecodeSettings, check_used
 from compactor.errors import BatchError, SettingsError
 from compactor.evaluate.records import FULL, LONG_ANSWER, SHORT_ANSWER, Record, ResultsFile
 from compactor.evaluate.tasks import TASKS
@@ -95,9 +95,13 @@ def eval_command(
         ),
     ] = None,
     queries: Annotated[
-        str,
-        typer.Option("--queries", metavar="LIST", help="Reference queries that the methods may use, all of one pass."),
-    ] = ",".join(QUERY_SOURCES),
+        str | None,
+        typer.Option(
+            "--queries",
+            metavar="LIST",
+            help=f"Reference queries that the methods may use, all of one pass. [default: {','.join(QUERY_SOURCES)}]",
+        ),
+    ] = None,
     self_study_tokens: SelfStudyTokens = None,
     seed: Seed = COMPACT_DEFAULTS.seed,
     peer: Annotated[
@@ -132,7 +136,8 @@ def eval_command(
 
     Each document is prefilled once for all methods and sizes. Every result is one line of the results file as soon as
     it is there; results made with the same settings are not run again, so the same command goes on where it stopped.
-    A combination that fails is recorded with the reason, and the others go on.
+    A result that fails is recorded with the reason and counted in its field of the table; the others go on, and the
+    exit code is 9.
     """
     started = time.monotonic()
     if plot is not None:
@@ -164,6 +169,7 @@ def eval_command(
         seed=seed,
         certify=False,
     )
+    check_used(methods, split_list(queries), ["self_study_tokens"] if self_study_tokens is not None else [])
     if max_new_tokens is not None:
         DecodeSettings(max_new_tokens=max_new_tokens)  # raises SettingsError
     if time_limit is not None and not time_limit > 0:
@@ -282,15 +288,23 @@ def _run(
     quiet: bool,
 ) -> None:
     total = len(sources) * len(plan.combinations)
+    told: Record | None = None
     try:
         for record in evaluation.run(sources, out_of_time):
-            if not quiet or record.status == "failed":
+            same = told is not None and record.status == "failed" and _reason(told) == _reason(record)
+            told = record
+            if not same and (not quiet or record.status == "failed"):
                 count = evaluation.num_present + evaluation.num_done + evaluation.num_failed
                 console.note(f"[{count:,}/{total:,}] {show_record(record)}")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {_standing(evaluation, total)}") from None
     if evaluation.was_stopped and not quiet:
         console.note(f"note: the time limit is reached; {_standing(evaluation, total)}")
+
+
+def _reason(record: Record) -> tuple[str, str | None]:
+    """Return what a failure is told by; a document that fails as a whole has one for all methods and sizes."""
+    return record.document, record.message
 
 
 def _standing(evaluation: Evaluation, total: int) -> str:
@@ -337,7 +351,7 @@ def _show_results(results: ResultsFile, plot: str | None, as_json: bool) -> None
         if num_settings([record for record in results.records if record.status == "done"]) > 1:
             console.note(f"note: {results.path} holds results of different settings; a table mixes them.")
         if failed:
-            console.note(f"note: {len(failed):,} results of {results.path} are failures and take no part.")
+            console.note(f"note: {len(failed):,} results of {results.path} failed and take no part; it says why.")
     if plot is not None:
         from compactor.evaluate.plots import draw
 
@@ -390,15 +404,19 @@ def _grid(fields: dict[tuple[str, float | None], str]) -> Any:
 
 def show_full(cell: Cell) -> str:
     """Return what the full cache does, in one line."""
+    if not cell.documents:
+        return f"full cache: {_failed(cell)}"
     return (
         f"full cache: score {_interval(cell.score)}, {show_bytes(cell.tensor_bytes or 0)}, prefill "
         f"{show_seconds(cell.prefill_seconds or 0)}, {_speed(cell)}; {cell.documents:,} documents, "
-        f"{cell.questions:,} questions"
+        f"{cell.questions:,} questions" + (f", {_failed(cell)}" if cell.failed else "")
     )
 
 
 def show_cell(cell: Cell) -> str:
-    """Return a field of the table: five short lines, one more with a rank correlation."""
+    """Return a field of the table: five short lines, one more with a rank correlation, and one with failures."""
+    if not cell.documents:
+        return _failed(cell)
     shared = f" + {show_seconds(cell.shared_seconds)}" if cell.shared_seconds else ""
     lines = [
         _interval(cell.score),
@@ -409,7 +427,13 @@ def show_cell(cell: Cell) -> str:
     ]
     if cell.damage_correlation is not None:
         lines.append(f"damage rank {cell.damage_correlation:.2f}")
+    if cell.failed:
+        lines.append(_failed(cell))
     return "\n".join(lines)
+
+
+def _failed(cell: Cell) -> str:
+    return f"{cell.failed:,} {'document' if cell.failed == 1 else 'documents'} failed"
 
 
 def _interval(value: Mean | None, digits: str = ".2f") -> str:

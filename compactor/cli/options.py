@@ -1,11 +1,16 @@
 """Knows the options that several commands share: their names and their help. Knows no defaults.
 
-Defaults and limits are those of ``config.py``; a command writes ``chunk: Chunk = COMPACT_DEFAULTS.chunk``.
+Defaults and limits are those of ``config.py``; a command writes ``seed: Seed = COMPACT_DEFAULTS.seed``, or takes all
+of ``CompactSettings`` with `with_settings`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -111,6 +116,14 @@ Reserve = Annotated[
         "--reserve", metavar="N", help="Tokens of the model's window left free for a question and its answer."
     ),
 ]
+RefineSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--refine-steps",
+        metavar="N",
+        help="Steps that move kept keys, biases and values together; without it what the method takes, 0 is none.",
+    ),
+]
 Ridge = Annotated[
     float | None,
     typer.Option(
@@ -152,9 +165,58 @@ RequireKl = Annotated[
 ]
 Grow = Annotated[bool, typer.Option("--grow", help="Keep more keys until --require-kl holds, at most all.")]
 
+SETTINGS = {  # by field of CompactSettings, in the order of the help
+    "keep_ratio": KeepRatio,
+    "target_tokens": TargetTokens,
+    "max_bytes": MaxBytes,
+    "max_error": MaxError,
+    "system": System,
+    "method": Method,
+    "queries": Queries,
+    "self_study_tokens": SelfStudyTokens,
+    "chunk": Chunk,
+    "prefill_chunk": PrefillChunk,
+    "reserve": Reserve,
+    "refine_steps": RefineSteps,
+    "ridge": Ridge,
+    "min_log_bias": MinLogBias,
+    "max_log_bias": MaxLogBias,
+    "budget": Budget,
+    "keep_curves": KeepCurves,
+    "cache_dtype": CacheDtype,
+    "thinking": Thinking,
+    "seed": Seed,
+    "certify": Certify,
+    "require_kl": RequireKl,
+    "grow": Grow,
+}
+
 # What is printed.
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command with a keyword ``settings: CompactSettings`` take the options of `SETTINGS` in its place.
+
+    Calling it raises SettingsError for what CompactSettings refuses.
+    """
+    defaults = {field.name: None if field.default == () else field.default for field in fields(CompactSettings)}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, keyword, default=defaults[name], annotation=option) for name, option in SETTINGS.items()
+    ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        chosen = {name: given.pop(name) for name in SETTINGS}
+        chosen["queries"] = split_list(chosen["queries"])
+        command(settings=CompactSettings(**chosen), **given)
+
+    own = inspect.signature(command, eval_str=True)
+    parameters = [part for one in own.parameters.values() for part in (options if one.name == "settings" else [one])]
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def split_list(text: str | None) -> tuple[str, ...]:

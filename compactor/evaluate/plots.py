@@ -31,10 +31,12 @@ class Point:
 def draw(path: str, cells: Sequence[Cell]) -> None:
     """Draw score and KL (rows, per model) against bytes and seconds (columns), a line per method. Raises OutputError.
 
-    Every point is the mean over the tasks and lengths of the results, each weighing the same.
+    Every point is the mean over the tasks and lengths of the results, each weighing the same; those in which every
+    document failed are left out.
     """
     from matplotlib.figure import Figure
 
+    cells = [cell for cell in cells if cell.documents]
     models = list(dict.fromkeys(cell.model for cell in cells))
     figure = Figure(figsize=(11, 4.2 * 2 * max(1, len(models))))
     axes: Any = figure.subplots(2 * max(1, len(models)), 2, squeeze=False)

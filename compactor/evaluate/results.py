@@ -30,7 +30,8 @@ class Cell:
     """One method at one size on one task and length: a field of the table.
 
     Scores, KL and agreement are means over all questions (KL: of the mean over an answer's tokens), bytes are means
-    over documents, seconds and rates medians. None: nothing was measured, or not all of it is finite.
+    over documents, seconds and rates medians. None: nothing was measured, or not all of it is finite. Documents that
+    failed are counted, and take no part in anything else.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Cell:
     method: str
     keep_ratio: float | None
     documents: int
+    failed: int  # documents
     questions: int
     score: Mean | None
     kl: Mean | None
@@ -71,14 +73,15 @@ class Correlation:
 
 
 def table(records: Sequence[Record]) -> list[Cell]:
-    """Return a cell for every model, task, length, method and size that has a result, in the order of a table."""
+    """Return a cell for every model, task, length, method and size of the records, in the order of a table."""
     return [cell(group) for group in grouped(records, lambda r: (r.model, r.task, r.length, r.method, r.keep_ratio))]
 
 
 def correlations(records: Sequence[Record]) -> list[Correlation]:
     """Return a correlation for every model, method and size with at least LEAST_DOCUMENTS predictions."""
     found = []
-    for group in grouped(records, lambda r: (r.model, r.method, r.keep_ratio)):
+    done = [record for record in records if record.status == "done"]
+    for group in grouped(done, lambda r: (r.model, r.method, r.keep_ratio)):
         pairs = damage_pairs(group)
         ratio = group[0].keep_ratio
         if ratio is not None and len(pairs) >= LEAST_DOCUMENTS:
@@ -97,25 +100,24 @@ def num_settings(records: Sequence[Record]) -> int:
 
 
 def grouped(records: Sequence[Record], key: Callable[[Record], tuple[object, ...]]) -> list[list[Record]]:
-    """Group the results that are done; in order of model, task, length, method and falling size."""
+    """Group results; in order of model, task, length, method and falling size."""
     groups: dict[tuple[object, ...], list[Record]] = {}
-    done = [record for record in records if record.status == "done"]
-    peers = sorted({record.method for record in done} - {FULL, *METHODS})
+    peers = sorted({record.method for record in records} - {FULL, *METHODS})
     order = {method: place for place, method in enumerate((FULL, *METHODS, *peers))}
-    tasks = list(dict.fromkeys(record.task for record in done))
+    tasks = list(dict.fromkeys(record.task for record in records))
 
     def place(record: Record) -> tuple[object, ...]:
         ratio = 2.0 if record.keep_ratio is None else record.keep_ratio
         return (record.model, tasks.index(record.task), record.length or 0, order[record.method], -ratio)
 
-    for record in sorted(done, key=place):
+    for record in sorted(records, key=place):
         groups.setdefault(key(record), []).append(record)
     return list(groups.values())
 
 
-def cell(group: Sequence[Record]) -> Cell:
+def cell(records: Sequence[Record]) -> Cell:
     """Return what the results of several documents say together."""
-    first = group[0]
+    first, group = records[0], [record for record in records if record.status == "done"]
     pairs = damage_pairs(group)
     return Cell(
         model=first.model,
@@ -124,6 +126,7 @@ def cell(group: Sequence[Record]) -> Cell:
         method=first.method,
         keep_ratio=first.keep_ratio,
         documents=len(group),
+        failed=len(records) - len(group),
         questions=sum(len(record.scores) for record in group),
         score=mean_of([record.scores for record in group]),
         kl=mean_of([record.kl for record in group]),

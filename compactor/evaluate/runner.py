@@ -104,7 +104,7 @@ class Evaluation:
 
     def _source(self, source: Source, out_of_time: Callable[[], bool]) -> Iterator[Record]:
         plan, combinations = self.plan, self.plan.combinations
-        blank = self._blank(source)
+        blank, missing = self._blank(source), combinations
         try:
             document = source.make()
             blank = replace(blank, document=document.name, settings_sha256=self._digest(document))
@@ -117,8 +117,8 @@ class Evaluation:
                 return
             bench = Bench(self.loaded, document, plan, self.reporter)
         except Exception as failure:  # whatever it is, the other documents must not suffer from it
-            self.num_failed += len(combinations)
-            yield self._failed(blank, FULL, None, failure)
+            for method, keep_ratio in missing:
+                yield self._failed(blank, method, keep_ratio, failure)
             self._release()
             return
         for method, keep_ratio in missing:
@@ -130,7 +130,6 @@ class Evaluation:
                 self.num_done += 1
                 yield self._append(replace(blank, method=method, keep_ratio=keep_ratio, status="done", **fields))
             except Exception as failure:
-                self.num_failed += 1
                 yield self._failed(blank, method, keep_ratio, failure)
                 self._release()
         del bench
@@ -176,6 +175,7 @@ class Evaluation:
         return self.results.has(key, blank.settings_sha256)
 
     def _failed(self, blank: Record, method: str, keep_ratio: float | None, failure: Exception) -> Record:
+        self.num_failed += 1
         error, message = type(failure).__name__, self.describe(failure)
         return self._append(replace(blank, method=method, keep_ratio=keep_ratio, error=error, message=message))
 

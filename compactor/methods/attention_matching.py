@@ -27,6 +27,7 @@ from compactor.methods.keeping import keep_everything, keep_keys, keeps_all, uni
 from compactor.packed import Packed, PackedLayer
 from compactor.prompt import chunk_borders
 from compactor.reference_queries import repeat_segments
+from compactor.solve.biases import require_finite
 from compactor.solve.fit import solve_device
 from compactor.solve.gram import add_symmetric_product, as_sum, energy_of
 from compactor.solve.values import RidgeStats, solve_ridge
@@ -108,7 +109,9 @@ class MatchLayer(PackedLayer, ABC):
             own_keys = full_keys[index].float()
             rounded = full_keys[index].to(self.storage_dtype).float()
             head = Head(grouped[index].float() * scaling, own_keys, full_values[index].float(), rounded)
-            self.heads.append(self._match(head, count))
+            with self.naming(index):
+                self.heads.append(self._match(head, count))
+                require_finite(self.heads[-1].biases, self.heads[-1].values)
         self.fitted = keep_keys(
             self.full,
             [head.kept for head in self.heads],

@@ -18,6 +18,7 @@ import math
 
 import torch
 
+from compactor.errors import NumericalError
 from compactor.methods import Compacted
 from compactor.methods.attention_matching import Head, MatchLayer, Rows, match, read_rows, zero_sums
 from compactor.solve.biases import solve_box_nnls
@@ -163,6 +164,8 @@ def cholesky(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     factor: torch.Tensor
     while True:
         factor, info = torch.linalg.cholesky_ex(matrix + torch.diag(jitter * scale))
-        if int(info) == 0 or jitter > 1.0:
+        if int(info) == 0:
             return factor
+        if jitter > 1.0:
+            raise NumericalError(f"The equations of {len(matrix)} keys cannot be solved; {NumericalError.REMEDY}.")
         jitter = max(JITTER, 10.0 * jitter)

@@ -1,14 +1,15 @@
-"""The default: repeat pass, self-study and the document's own queries; greedy selection, fitted on-policy."""
+"""The default: repeat pass, self-study and the document's own queries; single scores, fitted and refined on-policy."""
 
 from __future__ import annotations
 
 from compactor.methods import Compacted
-from compactor.methods.ours import solve_greedily
-from compactor.study import Study
+from compactor.methods.ours import solve_segments
+from compactor.study import Study, by_score
 
-SUMMARY = "repeat pass and self-study, greedy selection, one budget over all heads, fitted on-policy"
+SUMMARY = "repeat pass and self-study, keys by single scores, one budget over all heads, fitted and refined on-policy"
+REFINE_STEPS = 150
 
 
 def compact(study: Study, num_kept: int) -> Compacted:
     """Keep ``num_kept`` document keys over all heads; see docs/algorithm.md."""
-    return solve_greedily(study, num_kept, "balanced", study.segments)
+    return solve_segments(study, num_kept, "balanced", study.segments, by_score, REFINE_STEPS)

@@ -15,6 +15,7 @@ SUMMARY = "the document's own queries choose the keys, a thin sample of the repe
 PIECE = 64  # document tokens repeated at once
 EVERY = 16  # one piece in so many is repeated, but at least LEAST_PIECES are
 LEAST_PIECES = 4
+REFINE_STEPS = 0
 
 
 def compact(study: Study, num_kept: int) -> Compacted:
@@ -27,7 +28,7 @@ def compact(study: Study, num_kept: int) -> Compacted:
             ("fast selection", picks_per_chunk(study, num_kept)),
             lambda: order_keys(study, segments, weights, num_kept),
         )
-    return solve(study, num_kept, selection, segments, weights)
+    return solve(study, num_kept, selection, segments, weights, REFINE_STEPS)
 
 
 def order_keys(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:

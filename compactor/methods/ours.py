@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -12,44 +14,59 @@ from compactor.solve.budget import allocate
 from compactor.solve.fit import FitLayer
 from compactor.solve.select import Selection
 from compactor.solve.shrink import HeadCurve
-from compactor.study import Study, choose_keys, fit, picks_per_chunk, reference_rows, source_weights, stored
+from compactor.study import Choose, Study, choose_keys, fit, picks_per_chunk, reference_rows, source_weights, stored
 from compactor.types import Segment
 
 ERROR_ROUNDS = 5  # fits that look for the size of --max-error at most
 CLOSE_ENOUGH = 0.05  # of the size: a bracket this narrow ends the search
 
 
-def solve_greedily(study: Study, num_kept: int, name: str, segments: list[Segment]) -> Compacted:
-    """Order all keys by the reference segments, the document's own queries beside them, and keep ``num_kept``; the
-    order is shared by all sizes under ``name``."""
+def solve_segments(
+    study: Study, num_kept: int, name: str, segments: list[Segment], choose: Choose, refine_steps: int
+) -> Compacted:
+    """Order all keys by ``choose`` on the reference segments, keep ``num_kept``; all sizes share the order ``name``."""
     weights = source_weights(study.job, segments)
     with study.job.timed("select"):
         selection = study.once(
             (name, "selection", picks_per_chunk(study, num_kept)),
-            lambda: choose_keys(study, segments, weights, num_kept),
+            lambda: choose_keys(study, segments, weights, num_kept, choose),
         )
-    return solve(study, num_kept, selection, segments, weights)
+    return solve(study, num_kept, selection, segments, weights, refine_steps)
 
 
 def solve(
-    study: Study, num_kept: int, selection: Selection, segments: Sequence[Segment], weights: dict[str, float]
+    study: Study,
+    num_kept: int,
+    selection: Selection,
+    segments: Sequence[Segment],
+    weights: dict[str, float],
+    refine_steps: int,
 ) -> Compacted:
-    """Keep ``num_kept`` document keys over all heads, or the fewest that `--max-error` allows."""
+    """Keep ``num_kept`` document keys over all heads, or the fewest that `--max-error` allows.
+
+    ``refine_steps`` are the method's, for settings that name none.
+    """
+    asked = study.job.settings.refine_steps
+    steps = refine_steps if asked is None else asked
+    make = partial(solve_size, study, selection=selection, segments=segments, weights=weights, refine_steps=steps)
     bound = study.job.settings.max_error
-    if bound is None:
-        return solve_size(study, num_kept, selection, segments, weights)
-    return solve_error(study, bound, selection, segments, weights)
+    return make(num_kept) if bound is None else solve_error(study, bound, selection, make)
 
 
 def solve_size(
-    study: Study, num_kept: int, selection: Selection, segments: Sequence[Segment], weights: dict[str, float]
+    study: Study,
+    num_kept: int,
+    selection: Selection,
+    segments: Sequence[Segment],
+    weights: dict[str, float],
+    refine_steps: int,
 ) -> Compacted:
     """Keep ``num_kept`` document keys over all heads; shares of heads come from the ranking or from a given profile."""
     job = study.job
     with job.timed("budget"):
         counts = head_counts(study, selection, num_kept)
     with job.timed("fit"):
-        fits = fit(study, list(segments), weights, selection, counts)
+        fits = fit(study, list(segments), weights, selection, counts, refine_steps)
     layers = []
     for i, layer in enumerate(study.full.layers):
         fitted = fits[i].fitted if i in fits else None
@@ -59,33 +76,39 @@ def solve_size(
     return Compacted(layers, study.full.logical_length, report(study, fits, segments, weights) | rows, curves)
 
 
-def solve_error(
-    study: Study, bound: float, selection: Selection, segments: Sequence[Segment], weights: dict[str, float]
-) -> Compacted:
+def solve_error(study: Study, bound: float, selection: Selection, make: Callable[[int], Compacted]) -> Compacted:
     """Find the fewest keys whose reconstruction error is at most ``bound``.
 
-    The sum of the gains that are left out foretells how the squared error changes with the size; every fit corrects the
-    forecast. At most `ERROR_ROUNDS` fits; the answer is a size that was fitted and holds, every key if none does.
+    The sum of the gains that are left out foretells the first size; from then on the fits themselves do. At most
+    `ERROR_ROUNDS` fits; the answer is a size that was fitted and holds, every key if none does.
     """
     num_heads = selection.gains.shape[0] * selection.gains.shape[1]
-    left_out = remaining_gains(selection.gains)
     fewest, most = num_heads, selection.gains.numel()
     low, high, best = fewest - 1, most, None
-    size = first_size(left_out, bound, fewest)
+    size = first_size(remaining_gains(selection.gains), bound, fewest)
+    tried: dict[int, float] = {}
     for _ in range(ERROR_ROUNDS):
-        made = solve_size(study, size, selection, segments, weights)
-        error = float(made.report["reconstruction_error"])
-        study.job.reporter.note(f"{size:,} keys: reconstruction error {error:.3g}, --max-error {bound:g}.")
-        if error <= bound:
+        made = make(size)
+        tried[size] = float(made.report["reconstruction_error"])
+        study.job.reporter.note(f"{size:,} keys: reconstruction error {tried[size]:.3g}, --max-error {bound:g}.")
+        if tried[size] <= bound:
             high, best = size, made
         else:
             low = size
         if high - low <= max(1, CLOSE_ENOUGH * high):
             break
-        wanted = left_out[size - 1] * (bound / max(error, 1e-9)) ** 2
-        size = int((left_out > wanted).sum()) + 1
-        size = min(max(size, low + max(1, (high - low) // 10)), high - max(1, (high - low) // 10))
-    return best or solve_size(study, most, selection, segments, weights)
+        margin = max(1, (high - low) // 10)
+        size = min(max(next_size(tried, size, low, high, bound), low + margin), high - margin)
+    return best or make(most)
+
+
+def next_size(tried: dict[int, float], size: int, low: int, high: int, bound: float) -> int:
+    """Return the size at which a power law meets the bound: through the sizes around it, or through the last one as if
+    the error fell with the number of keys. ``tried``: error of each size."""
+    if low in tried and high in tried and tried[low] > tried[high] > 0.0:
+        share = math.log(tried[low] / bound) / math.log(tried[low] / tried[high])
+        return int(low * (high / low) ** (0.5 * (share + 0.5)))  # half way to bisection: one end must not stand still
+    return int(size * max(tried[size], 1e-9) / bound)
 
 
 def remaining_gains(gains: torch.Tensor) -> torch.Tensor:

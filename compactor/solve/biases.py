@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compactor.errors import NumericalError
+
 JITTER_32 = 1e-7  # the same for float32 factors
 JITTER = 1e-12  # of the mean diagonal, added to Cholesky factors of singular blocks; raised tenfold on failure
 TOLERANCE = 1e-9  # default, on the projected gradient, relative to the largest |r|
@@ -42,7 +44,7 @@ def solve_box_nnls(
     gram: (n, n) symmetric positive semi-definite, rhs: (n,), both converted to float64; ``lower`` and ``upper`` are
     numbers or (n,). Each step solves the free variables exactly by Cholesky and searches along the projection arc, so
     the free set settles in a few steps; it stops when the projected gradient is below ``tolerance``. Columns are scaled
-    to unit diagonal first. Never raises on singular input: unseen keys (zero columns) stay at ``start`` (default 1).
+    to unit diagonal first. Singular input is no error: unseen keys (zero columns) stay at ``start`` (default 1).
     """
     gram, rhs = gram.double(), rhs.double()
     scale = gram.diagonal().clamp_min(0).sqrt()
@@ -105,14 +107,22 @@ def cholesky_solve(gram: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
 
 def cholesky_factor(gram: torch.Tensor) -> torch.Tensor:
     """Return the lower factor of symmetric positive semi-definite ``gram`` (n, n); a singular one gets the least jitter
-    that factors, from `JITTER` of the mean diagonal upwards."""
+    that factors, from `JITTER` of the mean diagonal upwards. Raises NumericalError where that is more than the mean."""
     mean = gram.diagonal().mean().clamp_min(1e-30) if gram.numel() else gram.new_tensor(1.0)
     jitter = JITTER if gram.dtype == torch.float64 else JITTER_32
     while True:
         factor, info = torch.linalg.cholesky_ex(add_diagonal(gram, jitter * mean))
-        if int(info) == 0 or jitter > 1.0:
+        if int(info) == 0:
             return torch.as_tensor(factor)
+        if jitter > 1.0:
+            raise NumericalError(f"The equations of {len(gram)} keys cannot be solved; {NumericalError.REMEDY}.")
         jitter *= 10.0
+
+
+def require_finite(*tensors: torch.Tensor) -> None:
+    """Raise NumericalError where a number is not finite."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise NumericalError(f"Numbers of the fit are not finite; {NumericalError.REMEDY}.")
 
 
 def add_diagonal(gram: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Knows the fit of one layer, on-policy: the queries it sees come from layers below that are already compacted.
 
 Per KV head, over all its reference rows: attention mass on the document -> biases (biases.py), attention output ->
-values (values.py), both jointly over the kept keys of all chunks and with the true normaliser. The layer then returns
-attention over its compacted self, so that the next layer sees what it will see at decode time.
+values (values.py), both jointly over the kept keys of all chunks and with the true normaliser; then keys, biases and
+values together (refine.py). The layer then returns attention over its compacted self, so that the next layer sees what
+it will see at decode time.
 
 Exact attention is computed once per row. What prefix and local keys give to it does not change when the document is
 compacted, except for the normaliser: with their log-sum-exp and output known, a row needs only its scores on the kept
@@ -25,8 +26,9 @@ from compactor.attach import dense_heads
 from compactor.config import CompactSettings
 from compactor.packed import Packed, PackedLayer, exact_rows
 from compactor.prefill import context_spans
-from compactor.solve.biases import solve_box_nnls
+from compactor.solve.biases import require_finite, solve_box_nnls
 from compactor.solve.gram import GramSum, energy_of
+from compactor.solve.refine import HeadKeyValues, Refiner
 from compactor.solve.shrink import HeadCurve, chunk_blocks
 from compactor.solve.values import RidgeStats, ValueFit, fit_values
 from compactor.types import Advance, LayerCache
@@ -55,6 +57,7 @@ class FitInputs:
     settings: CompactSettings
     curve_gains: torch.Tensor | None = None  # (num_kv_heads, num_document) float32 by position, where curves are kept
     curve_chunk: int = 0  # document tokens of a chunk of the curves
+    refiner: Refiner | None = None  # of keys, biases and values together
     currency: float = 1.0  # factor that makes this layer's squared errors comparable with other layers'
 
 
@@ -63,6 +66,7 @@ class HeadFit:
     """The fitted document keys of one KV head."""
 
     kept: torch.Tensor  # (num_kept,) int64, document-relative, increasing
+    keys: torch.Tensor  # (num_kept, head_dim) float32
     biases: torch.Tensor  # (num_kept,) float32
     values: torch.Tensor  # (num_kept, head_dim) float32
     ridge: float
@@ -144,13 +148,25 @@ class FitLayer(PackedLayer):
         rows = [segment_rows(self, inputs, queries, keys, values, scaling)]
         if inputs.context_queries is not None:
             rows.append(context_rows(self.full, inputs, inputs.context_queries, scaling))
-        self.heads, outputs = [], []
+        heads = []
         for head in range(keys.shape[0]):
             parts = HeadKeys(full_values[head].float(), full_keys[head].to(inputs.storage_dtype).float())
             own = [part.head(head) for part in rows]
-            fit = fit_head(parts, own, inputs.order[head], inputs.counts[head], inputs.settings)
-            stored_values = fit.values.to(inputs.storage_dtype).float()
-            outputs.append(fitted_output(own[0], parts.stored_keys[fit.kept], stored_values, fit.biases))
+            with self.naming(head):
+                heads.append(fit_head(parts, own, inputs.order[head], inputs.counts[head], inputs.settings))
+                require_finite(heads[-1].biases, heads[-1].values)
+        if inputs.refiner is not None:
+            heads = refine_heads(heads, rows, inputs.refiner, num_document=inputs.order.shape[1])
+        self.heads, outputs = [], []
+        for head, fit in enumerate(heads):
+            own = [part.head(head) for part in rows]
+            stored_keys, stored_values = (part.to(inputs.storage_dtype).float() for part in (fit.keys, fit.values))
+            outs = [fitted_output(part, stored_keys, stored_values, fit.biases, fit.kept) for part in own]
+            outputs.append(outs[0])
+            if inputs.refiner is not None and len(fit.kept) < inputs.order.shape[1]:
+                fit = replace(fit, squared_error=sum(map(squared_error, own, outs)))
+                if inputs.settings.keep_curves:
+                    fit = replace(fit, gram=gram_of(own, stored_keys, fit.kept))
             self.heads.append(self._with_curve(head, fit))
         self.fitted = assemble(self.full, self.heads, prefix, inputs.storage_dtype)
         return torch.stack(outputs).view(queries.shape)
@@ -159,6 +175,38 @@ class FitLayer(PackedLayer):
         """Replace the Gram matrix by its chunk blocks, which are all that is kept of it."""
         gains = self.inputs.curve_gains
         return fit if gains is None else replace(fit, gram=None, curve=curve_of(fit, gains[head], self.inputs))
+
+
+def refine_heads(heads: list[HeadFit], rows: list[Rows], refiner: Refiner, num_document: int) -> list[HeadFit]:
+    """Move keys, biases and values of all heads together; heads that keep every key stay as they are."""
+    none = torch.empty(0)
+    before = [
+        HeadKeyValues(fit.keys, fit.biases, fit.values, fit.kept)
+        if len(fit.kept) < num_document
+        else HeadKeyValues(none, none, none, none)
+        for fit in heads
+    ]
+    after = refiner.refine(rows, before)
+    return [
+        replace(fit, keys=moved.keys, biases=moved.biases, values=moved.values) if len(moved.biases) else fit
+        for fit, moved in zip(heads, after, strict=True)
+    ]
+
+
+def squared_error(rows: Rows, output: torch.Tensor) -> float:
+    """Return the weighted squared distance of outputs (group, num_rows, head_dim) from the exact ones."""
+    return energy_of((output - rows.out) * rows.root_weights.unsqueeze(-1))
+
+
+def gram_of(parts: list[Rows], stored_keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return sum of w A_i A_i^T over all rows, A_i the attention to the kept keys without biases, float64."""
+    sums = GramSum(len(kept), 1, solve_device(stored_keys.device))
+    for rows in parts:
+        for block in rows.blocks(len(kept)):
+            roots = block.root_weights.unsqueeze(-1)
+            shares = kept_attention(block, stored_keys, kept)
+            sums.add((shares * roots.to(shares.dtype))[0], torch.zeros_like(roots)[0])
+    return sums.gram
 
 
 def curve_of(fit: HeadFit, gains: torch.Tensor, inputs: FitInputs) -> HeadCurve:
@@ -238,7 +286,7 @@ def fit_head(keys: HeadKeys, parts: list[Rows], order: torch.Tensor, count: int,
     if count >= num_document and not settings.keep_curves:
         everything = torch.arange(num_document, device=device)
         zero = torch.zeros(num_document, device=device)
-        return HeadFit(everything, zero, keys.values, 0.0, True, 0.0, 0.0, 0.0)
+        return HeadFit(everything, keys.stored_keys, zero, keys.values, 0.0, True, 0.0, 0.0, 0.0)
     reserve = min(num_document, count + min(RESERVE_MOST, max(RESERVE_LEAST, int(RESERVE_FRACTION * count))))
     candidates = order[:reserve].to(device)
     sums = GramSum(reserve, 1, solve_device(device))
@@ -260,7 +308,8 @@ def fit_head(keys: HeadKeys, parts: list[Rows], order: torch.Tensor, count: int,
         gram = sums.gram[sorted_][:, sorted_]
     fit = fit_head_values(keys, parts, kept, biases, settings.ridge)
     values = keys.values[kept] + fit.change.float().to(device)
-    return HeadFit(kept, biases, values, fit.ridge, converged, fit.error_after, fit.error_before, energy, gram)
+    errors = fit.error_after, fit.error_before
+    return HeadFit(kept, keys.stored_keys[kept], biases, values, fit.ridge, converged, *errors, energy, gram)
 
 
 def choose_biases(
@@ -332,15 +381,16 @@ def fitted_attention(
     return attention.exponential_of(scores, rows.queries), (rows.near_share - shift).exp()
 
 
-def fitted_output(rows: Rows, kept_keys: torch.Tensor, kept_values: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-    """Return attention of rows that see the whole document over the compacted head: (group, num_rows, head_dim)."""
-    everything = torch.zeros(len(biases), dtype=torch.int64, device=biases.device)
+def fitted_output(
+    rows: Rows, kept_keys: torch.Tensor, kept_values: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
+) -> torch.Tensor:
+    """Return attention of rows over the compacted head: (group, num_rows, head_dim)."""
     parts = []
     for block in rows.blocks(len(biases)):
-        shares, near_weights = fitted_attention(block, kept_keys, biases, everything)
+        shares, near_weights = fitted_attention(block, kept_keys, biases, kept)
         part = attention.multiply(shares, kept_values[None]) + near_weights.unsqueeze(-1) * block.near
         parts.append(part.view(rows.out.shape[0], -1, rows.out.shape[-1]))
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1) if parts else torch.empty_like(rows.out)
 
 
 def kept_attention(rows: Rows, stored_keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -374,14 +424,14 @@ def solve_device(device: torch.device) -> torch.device:
 
 def assemble(full: LayerCache, heads: list[HeadFit], prefix_length: int, dtype: torch.dtype) -> LayerCache:
     """Put prefix (verbatim, bias 0) and fitted document keys of all heads into one ragged layer of storage type."""
-    full_keys, full_values = (part[0] for part in dense_heads(full))
+    full_keys, full_values = (part[0].float() for part in dense_heads(full))
     device = full_keys.device
     prefix_positions = torch.arange(prefix_length, device=device, dtype=torch.int32)
     keys, values, biases, positions, lengths = [], [], [], [], [0]
     for index, head in enumerate(heads):
         rows = head.kept + prefix_length
-        keys += [full_keys[index, :prefix_length], full_keys[index, rows]]
-        values += [full_values[index, :prefix_length].float(), head.values]
+        keys += [full_keys[index, :prefix_length], head.keys]
+        values += [full_values[index, :prefix_length], head.values]
         biases += [torch.zeros(prefix_length, device=device), head.biases]
         positions += [prefix_positions, rows.to(torch.int32)]
         lengths.append(prefix_length + len(rows))

@@ -1,0 +1,319 @@
+"""Knows how kept keys, biases and values of a head move together until they reproduce attention. Knows no selection.
+
+Least squares gives the best values for kept keys that are members of the document. Better keys need not be members: a
+few kept keys have to speak for all that were left out. With the rows of the fit (fit.py), per head,
+
+    minimise sum_i w_i ||out'_i - out_i||^2 over K', b', V'
+    out'_i = exp(near_lse - lse') near_i + sum over j of p_ij v'_j,   p_ij = exp(s q_i.k'_j + b'_j - lse'_i)
+
+by Adam (Kingma and Ba 2015) over random rows, from the least squares solution. With g_i = 2 w_i (out'_i - out_i) the
+gradients are those of softmax attention in which prefix and local keys are one more, fixed, key:
+
+    dS_ij = p_ij (g_i.v'_j - g_i.out'_i),   dK' = s dS^T Q,   db' = sum_i dS_i,   dV' = P^T g
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from compactor import attention
+
+if TYPE_CHECKING:
+    from compactor.solve.fit import Rows
+
+DISTANCE, FASTEST = 9.0, 0.1  # sum of all rates, and the highest; in root-mean-square units of a head's keys and values
+BETAS = (0.9, 0.95)
+PULL = 0.0  # weight of the squared changes in the error
+EAGER_STEPS = 3  # before a step is captured
+WARM_UP = 5  # steps until the rate is full; it then falls as a cosine to 0
+ROWS = 8192  # query rows of one step, over the group of a KV head
+CPU_ROWS = 1024  # the same on a CPU
+SMALL = 1 << 22  # scores of a head in a step; below it heads of all lengths share a launch
+LEAST_FILLED = 0.5  # of a padded head in larger ones
+ABSENT = -1e4  # bias of padding
+
+
+@dataclass(frozen=True)
+class HeadKeyValues:
+    """Kept document keys of one KV head, float32."""
+
+    keys: torch.Tensor  # (num_kept, head_dim)
+    biases: torch.Tensor  # (num_kept,)
+    values: torch.Tensor  # (num_kept, head_dim)
+    positions: torch.Tensor  # (num_kept,) int64, document-relative: a row sees those before its `document_stop`
+
+
+class Refiner:
+    """Refines the layers of one model one after another; on an NVIDIA GPU a step is captured once a layer and replayed,
+    in memory that all layers share."""
+
+    def __init__(self, steps: int, seed: int = 0) -> None:
+        self.steps, self.seed = steps, seed
+        self.graph: torch.cuda.CUDAGraph | None = None  # the last one: while it lives, so does its memory
+        self.stream: torch.cuda.Stream | None = None
+
+    def refine(self, parts: Sequence[Rows], heads: Sequence[HeadKeyValues]) -> list[HeadKeyValues]:
+        """Return the heads after ``steps`` steps; a head that does not stay finite is returned as it came.
+
+        ``parts``: rows of all KV heads, (num_kv_heads, group, num_rows, ...). The same seed gives the same rows.
+        """
+        result = list(heads)
+        if self.steps and sum(part.lse.shape[2] for part in parts):
+            for members in batches(heads, parts[0].lse.device):
+                for index, head in zip(members, self._refine_batch(parts, heads, members), strict=True):
+                    finite = all(bool(part.isfinite().all()) for part in (head.keys, head.biases, head.values))
+                    result[index] = head if finite else heads[index]
+        return result
+
+    def _refine_batch(
+        self, parts: Sequence[Rows], heads: Sequence[HeadKeyValues], members: list[int]
+    ) -> list[HeadKeyValues]:
+        problem = Problem(parts, [heads[i] for i in members], members)
+        descent = _Descent(problem)
+        if can_capture(problem.keys.device):
+            self._replay(descent)
+        else:
+            for index, step in zip(problem.samples(self.seed), range(self.steps), strict=False):
+                descent.step(index, rate(step, self.steps))
+        keys, biases, values = problem.moved(*(change.detach() for change in descent.changes))
+        return [
+            HeadKeyValues(keys[i, :n], biases[i, :n], values[i, :n], heads[index].positions)
+            for i, (index, n) in enumerate((index, len(heads[index].biases)) for index in members)
+        ]
+
+    def _replay(self, descent: _Descent) -> None:
+        """Take the first steps one by one, capture one, and replay it for the others."""
+        device = descent.problem.keys.device
+        samples = descent.problem.samples(self.seed)
+        self.stream = self.stream or torch.cuda.Stream(device)
+        here, aside = torch.cuda.current_stream(device), self.stream
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for step in range(min(EAGER_STEPS, self.steps)):
+                descent.step(next(samples), rate(step, self.steps))
+            left = range(EAGER_STEPS, self.steps)
+            if left:
+                index = [part.clone() for part in next(samples)]
+                descent.rate.fill_(rate(EAGER_STEPS, self.steps))
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=None if self.graph is None else self.graph.pool())
+                descent.step(index)
+                graph.capture_end()
+                graph.replay()
+                for step in left[1:]:
+                    for kept, drawn in zip(index, next(samples), strict=True):
+                        kept.copy_(drawn)
+                    descent.rate.fill_(rate(step, self.steps))
+                    graph.replay()
+                self.graph = graph
+        here.wait_stream(aside)
+
+
+class _Descent:
+    """Adam on the changes of a batch of heads."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.changes = [
+            torch.zeros_like(part, requires_grad=True) for part in (problem.keys, problem.biases, problem.values)
+        ]
+        on_gpu = problem.keys.is_cuda
+        self.rate = torch.tensor(FASTEST, device=problem.keys.device)
+        self.optimizer = torch.optim.Adam(
+            self.changes,
+            lr=self.rate if on_gpu else FASTEST,
+            betas=BETAS,
+            weight_decay=PULL,
+            fused=on_gpu,
+            capturable=on_gpu,
+        )
+
+    def step(self, index: list[torch.Tensor], rate: float | None = None) -> None:
+        """Take one step on the rows of ``index``, with a new rate or the one before."""
+        with torch.no_grad():
+            gradients = self.problem.gradients(self.problem.take(index), *self.problem.moved(*self.changes))
+        for change, gradient in zip(self.changes, gradients, strict=True):
+            change.grad = gradient
+        if rate is not None:
+            if self.problem.keys.is_cuda:
+                self.rate.fill_(rate)
+            else:
+                self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether the steps of a device can be captured as a CUDA graph."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def batches(heads: Sequence[HeadKeyValues], device: torch.device) -> Iterator[list[int]]:
+    """Split heads into batches of similar length, longest first; heads without keys are left out."""
+    rows = rows_of_step(device)
+    members: list[int] = []
+    for index in sorted(range(len(heads)), key=lambda i: -len(heads[i].biases)):
+        count = len(heads[index].biases)
+        if not count:
+            break
+        longest = len(heads[members[0]].biases) if members else count
+        apart = device.type == "cpu" or (longest * rows > SMALL and count < LEAST_FILLED * longest)
+        if members and apart:
+            yield members
+            members = []
+        members.append(index)
+    if members:
+        yield members
+
+
+def rows_of_step(device: torch.device) -> int:
+    """Return how many query rows a step looks at."""
+    return CPU_ROWS if device.type == "cpu" else ROWS
+
+
+def rate(step: int, steps: int) -> float:
+    """Return the rate of a step: a short warm-up, then half a cosine; lower the more steps there are."""
+    peak = min(FASTEST, DISTANCE / steps)
+    return peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of the heads of a batch, the groups flattened: (num_heads, num_rows, ...)."""
+
+    queries: torch.Tensor
+    weights: torch.Tensor
+    lse: torch.Tensor
+    near_share: torch.Tensor
+    near: torch.Tensor
+    out: torch.Tensor
+    stops: torch.Tensor | None
+
+
+class Problem:
+    """The padded heads of a batch and their rows."""
+
+    def __init__(self, parts: Sequence[Rows], heads: list[HeadKeyValues], members: list[int]) -> None:
+        longest, device = max(len(head.biases) for head in heads), heads[0].keys.device
+        shape = (len(heads), longest, heads[0].keys.shape[-1])
+        self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.biases = torch.full(shape[:2], ABSENT, device=device)
+        self.present = torch.zeros(shape[:2], device=device)
+        self.positions = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+        for i, head in enumerate(heads):
+            n = len(head.biases)
+            self.keys[i, :n], self.values[i, :n], self.biases[i, :n] = head.keys, head.values, head.biases
+            self.present[i, :n], self.positions[i, :n] = 1.0, head.positions.to(device)
+        lengths = self.present.sum(1).view(-1, 1, 1)
+        self.key_unit = (spread(self.keys, self.present, lengths) * self.present.unsqueeze(-1)).contiguous()
+        self.value_unit = (size(self.values, lengths) * self.present.unsqueeze(-1)).contiguous()
+        everyone = members == list(range(parts[0].lse.shape[0]))
+        chosen = slice(None) if everyone else torch.tensor(members, device=device)
+        self.parts = [_flat(part, chosen) for part in parts if part.lse.shape[2]]
+        self.scaling = parts[0].scaling
+        self.num_rows = sum(part.lse.shape[1] for part in self.parts)
+        energy = sum((part.out.square().sum(-1) * part.weights).sum(1) for part in self.parts)
+        self.energy = torch.as_tensor(energy).clamp_min(1e-30)
+
+    def samples(self, seed: int) -> Iterator[list[torch.Tensor]]:
+        """Yield row numbers of each part without end: every row once before any comes again, of each part its share."""
+        device, total = self.keys.device, self.num_rows
+        most = attention.block_elements(device) // (self.keys.shape[0] * self.keys.shape[1])
+        wanted = max(1, min(rows_of_step(device), most))
+        generator = torch.Generator().manual_seed(seed)
+        turns = [_turns(part.lse.shape[1], -(-wanted * part.lse.shape[1] // total), generator) for part in self.parts]
+        while True:
+            yield [next(turn).to(device) for turn in turns]
+
+    def take(self, index: list[torch.Tensor]) -> Sample:
+        """Return the rows of some row numbers of each part."""
+        drawn = [_take(part, own) for part, own in zip(self.parts, index, strict=True)]
+        return drawn[0] if len(drawn) == 1 else _join(drawn)
+
+    def moved(
+        self, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return keys, biases and values after changes in the units of the head."""
+        return (
+            torch.addcmul(self.keys, keys, self.key_unit),
+            torch.addcmul(self.biases, biases, self.present),
+            torch.addcmul(self.values, values, self.value_unit),
+        )
+
+    def gradients(
+        self, rows: Sample, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the gradients of the relative squared error with respect to the changes."""
+        scores = attention.shifted_scores(rows.queries, keys, biases, self.scaling, -rows.lse)
+        if rows.stops is not None:
+            scores.masked_fill_(self.positions.unsqueeze(1) >= rows.stops.view(1, -1, 1), -math.inf)
+        shift = torch.logaddexp(scores.logsumexp(-1), rows.near_share)
+        shares = attention.exponential_of(scores.sub_(shift.unsqueeze(-1)), rows.queries)
+        out = attention.multiply(shares, values) + (rows.near_share - shift).exp().unsqueeze(-1) * rows.near
+        scale = 2.0 * self.num_rows / rows.lse.shape[1] / self.energy
+        # in units in which half precision holds it: the error of a row, its weight against the mean
+        mean_weight = rows.weights.mean(1, keepdim=True).clamp_min(1e-30)
+        error = (out - rows.out) * (rows.weights / mean_weight).unsqueeze(-1)
+        unit = error.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
+        error = (error / unit).to(shares.dtype)
+        by_share = attention.multiply(error, values.mT).sub_((error.float() * out).sum(-1, keepdim=True))
+        by_score = by_share.mul_(shares)
+        units = (unit * mean_weight.unsqueeze(-1) * scale.view(-1, 1, 1)).float()
+        by_bias = by_score.sum(1) * units[..., 0]
+        by_key = attention.multiply(by_score.to(shares.dtype).mT, rows.queries) * (units * self.scaling)
+        by_value = attention.multiply(shares.mT, error) * units
+        return by_key * self.key_unit, by_bias * self.present, by_value * self.value_unit
+
+
+def spread(keys: torch.Tensor, present: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Root-mean-square distance of a head's keys from their mean, per component: (num_heads, 1, 1)."""
+    mean = keys.sum(1, keepdim=True) / lengths
+    centred = (keys - mean) * present.unsqueeze(-1)
+    return size(centred, lengths)
+
+
+def size(vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Root mean square of a head's components, padding aside: (num_heads, 1, 1)."""
+    return (vectors.square().sum((1, 2), keepdim=True) / (lengths * vectors.shape[-1])).sqrt()
+
+
+def _flat(rows: Rows, chosen: slice | torch.Tensor) -> Sample:
+    """Flatten the group of some KV heads into their rows."""
+    group = rows.lse.shape[1]
+    stops = None if rows.document_stop is None else rows.document_stop.repeat(group)
+    parts = (rows.queries, rows.root_weights.square(), rows.lse, rows.near_share, rows.near, rows.out)
+    queries, weights, lse, near_share, near, out = (part[chosen].flatten(1, 2) for part in parts)
+    return Sample(queries, weights, lse, near_share, near, out, stops)
+
+
+def _turns(num_rows: int, count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yield ``count`` row numbers at a time; each shuffle of the rows is used up before the next."""
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(left) < count:
+            left = torch.cat([left, torch.randperm(num_rows, generator=generator)])
+        yield left[:count]
+        left = left[count:]
+
+
+def _take(rows: Sample, index: torch.Tensor) -> Sample:
+    parts = (rows.queries, rows.weights, rows.lse, rows.near_share, rows.near, rows.out)
+    queries, weights, lse, near_share, near, out = (part.index_select(1, index) for part in parts)
+    return Sample(queries, weights, lse, near_share, near, out, None if rows.stops is None else rows.stops[index])
+
+
+def _join(samples: list[Sample]) -> Sample:
+    names = ("queries", "weights", "lse", "near_share", "near", "out")
+    queries, weights, lse, near_share, near, out = (
+        torch.cat([getattr(sample, name) for sample in samples], dim=1) for name in names
+    )
+    device, far = lse.device, torch.iinfo(torch.int64).max
+    stops = [
+        torch.full((sample.lse.shape[1],), far, device=device) if sample.stops is None else sample.stops
+        for sample in samples
+    ]
+    return Sample(queries, weights, lse, near_share, near, out, torch.cat(stops))

@@ -1,0 +1,149 @@
+"""Claims about the refinement: its gradients, what it never makes worse, what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compactor.solve import refine as refine_module
+from compactor.solve.fit import Rows, fitted_output, held_out_rows, squared_error
+from compactor.solve.refine import HeadKeyValues, Problem, Refiner, batches, rate
+
+KV_HEADS, GROUP, ROWS, DIM, DOCUMENT = 3, 2, 160, 8, 48
+
+
+def make_rows(seed: int = 0, stops: torch.Tensor | None = None) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+    """Rows over a random document and two near keys, with exact attention; also the document's keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    queries = draw(KV_HEADS, GROUP, ROWS, DIM) * 2.0
+    keys, values = draw(KV_HEADS, DOCUMENT, DIM), draw(KV_HEADS, DOCUMENT, DIM)
+    near_keys, near_values = draw(KV_HEADS, 2, DIM), draw(KV_HEADS, 2, DIM)
+    scaling = DIM**-0.5
+    near_scores = scaling * torch.einsum("hgrd,hkd->hgrk", queries, near_keys)
+    scores = scaling * torch.einsum("hgrd,hkd->hgrk", queries, keys)
+    if stops is not None:
+        scores = scores.masked_fill(torch.arange(DOCUMENT) >= stops.unsqueeze(-1), -math.inf)
+    near_lse = near_scores.logsumexp(-1)
+    lse = torch.logaddexp(near_lse, scores.logsumexp(-1))
+    near = torch.einsum("hgrk,hkd->hgrd", near_scores.softmax(-1), near_values)
+    document = torch.einsum("hgrk,hkd->hgrd", (scores - lse.unsqueeze(-1)).exp(), values)
+    out = document + (near_lse - lse).exp().unsqueeze(-1) * near
+    roots = draw(KV_HEADS, GROUP, ROWS).abs() + 0.1
+    held_out = held_out_rows(ROWS, queries.device)
+    return Rows(queries, scaling, roots, lse, near_lse - lse, near, out, held_out, stops), keys, values
+
+
+def some_heads(keys: torch.Tensor, values: torch.Tensor, counts: list[int]) -> list[HeadKeyValues]:
+    kept = [torch.arange(count) * (DOCUMENT // max(1, count)) for count in counts]
+    return [
+        HeadKeyValues(keys[h, own], torch.full((len(own),), 0.3), values[h, own], own) for h, own in enumerate(kept)
+    ]
+
+
+def total_error(rows: Rows, heads: list[HeadKeyValues]) -> float:
+    parts = [rows.head(h) for h in range(KV_HEADS)]
+    return sum(
+        squared_error(part, fitted_output(part, head.keys, head.values, head.biases, head.positions))
+        for part, head in zip(parts, heads, strict=True)
+    )
+
+
+@pytest.mark.parametrize("with_stops", [False, True])
+def test_gradients_are_those_of_autograd_in_float64(with_stops: bool) -> None:
+    stops = torch.randint(4, DOCUMENT, (ROWS,), generator=torch.Generator().manual_seed(5)) if with_stops else None
+    rows, keys, values = make_rows(stops=stops)
+    heads = some_heads(keys, values, [6, 4, 6])
+    problem = Problem([rows], heads, [0, 1, 2])
+    sample = problem.take(next(problem.samples(0)))
+    changes = [
+        0.1 * torch.randn(part.shape, generator=torch.Generator().manual_seed(1))
+        for part in (problem.keys, problem.biases, problem.values)
+    ]
+    found = problem.gradients(sample, *problem.moved(*changes))
+    variables = [part.double().requires_grad_() for part in changes]
+    units = (problem.key_unit.double(), problem.present.double(), problem.value_unit.double())
+    k, b, v = (
+        start.double() + change * unit
+        for start, change, unit in zip((problem.keys, problem.biases, problem.values), variables, units, strict=True)
+    )
+    scores = rows.scaling * torch.bmm(sample.queries.double(), k.mT) + b.unsqueeze(1)
+    scores = scores - sample.lse.double().unsqueeze(-1)
+    if sample.stops is not None:
+        scores = scores.masked_fill(problem.positions.unsqueeze(1) >= sample.stops.view(1, -1, 1), -math.inf)
+    everything = torch.cat([scores, sample.near_share.double().unsqueeze(-1)], -1).softmax(-1)
+    out = torch.bmm(everything[..., :-1], v) + everything[..., -1:] * sample.near.double()
+    errors = ((out - sample.out.double()).square().sum(-1) * sample.weights.double()).sum(1)
+    (errors / problem.energy.double() * problem.num_rows / sample.lse.shape[1]).sum().backward()
+    for got, variable in zip(found, variables, strict=True):
+        assert variable.grad is not None
+        torch.testing.assert_close(got.double(), variable.grad, rtol=2e-4, atol=2e-5 * float(variable.grad.abs().max()))
+
+
+def test_refined_heads_reproduce_attention_better_than_their_start() -> None:
+    rows, keys, values = make_rows()
+    heads = some_heads(keys, values, [6, 4, 8])
+    after = Refiner(60).refine([rows], heads)
+    assert total_error(rows, after) < 0.5 * total_error(rows, heads)
+
+
+def test_no_steps_change_nothing() -> None:
+    rows, keys, values = make_rows()
+    heads = some_heads(keys, values, [6, 4, 8])
+    assert all(a is b for a, b in zip(Refiner(0).refine([rows], heads), heads, strict=True))
+
+
+def test_exact_heads_stay_exact() -> None:
+    rows, keys, values = make_rows()
+    heads = [replace(h, biases=torch.zeros(DOCUMENT)) for h in some_heads(keys, values, [DOCUMENT] * KV_HEADS)]
+    after = Refiner(20).refine([rows], heads)
+    energy = sum(float((part.out * part.root_weights.unsqueeze(-1)).square().sum()) for part in [rows])
+    assert total_error(rows, after) < 1e-3 * energy
+
+
+def test_heads_of_unlike_length_give_what_each_gives_alone() -> None:
+    rows, keys, values = make_rows()
+    heads = some_heads(keys, values, [8, 2, 0])
+    together = Refiner(12).refine([rows], heads)
+    device = torch.device("cpu")
+    assert list(batches(heads, device)) == [[0], [1]]
+    problem_all = Refiner(12)._refine_batch([rows], heads, [0, 1])
+    for index in (0, 1):
+        for name in ("keys", "biases", "values"):
+            torch.testing.assert_close(
+                getattr(together[index], name), getattr(problem_all[index], name), rtol=1e-3, atol=1e-4
+            )
+    assert together[2] is heads[2]
+
+
+def test_equal_seeds_give_equal_heads_and_other_seeds_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refine_module, "CPU_ROWS", 64)
+    rows, keys, values = make_rows()
+    heads = some_heads(keys, values, [6, 4, 8])
+    first, again, other = (Refiner(8, seed).refine([rows], heads) for seed in (1, 1, 2))
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0].keys, other[0].keys)
+
+
+def test_every_row_comes_once_before_any_comes_again() -> None:
+    turn = refine_module._turns(10, 4, torch.Generator().manual_seed(0))
+    drawn = torch.cat([next(turn) for _ in range(5)])
+    assert sorted(drawn[:10].tolist()) == sorted(drawn[10:].tolist()) == list(range(10))
+
+
+def test_a_head_that_does_not_stay_finite_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, keys, values = make_rows()
+    heads = some_heads(keys, values, [6, 4, 8])
+    broken: Callable[..., tuple[torch.Tensor, ...]] = lambda self, rows, k, b, v: (k * math.nan, b * 0, v * 0)  # noqa: E731
+    monkeypatch.setattr(Problem, "gradients", broken)
+    assert all(a is b for a, b in zip(Refiner(3).refine([rows], heads), heads, strict=True))
+
+
+def test_rate_warms_up_and_falls_to_nothing() -> None:
+    rates = [rate(step, 100) for step in range(100)]
+    assert rates[0] < rates[4] and rates[99] < 0.01 * max(rates)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
