@@ -18,7 +18,8 @@ from compactor.attach import AttachedCache, attach_layers
 from compactor.fidelity import Exchange, Fidelity, answer_states, compare_layers, compare_states
 from compactor.prefill import dense_layer, prefill
 from compactor.prompt import build_prompt, chunk_borders
-from compactor.reference_queries import generate, left_pad, pad_token_id, seeded, stop_token_ids
+from compactor.sampling import Nucleus
+from compactor.stepping import Pick, answer_after, greedy
 from compactor.types import LayerCache, SilentReporter
 
 if TYPE_CHECKING:
@@ -172,8 +173,9 @@ def ask_sections(study: Study) -> list[str]:
     questions = [PLAIN_QUESTION.format(opening=opening) for opening in openings]
     if not all(has_room(job, prompt) for prompt in prompts):
         return questions
-    with seeded((job.settings.seed + HELD_OUT_SEED) % 2**63, job.loaded.device):
-        written = write(study, prompts, QUESTION_TOKENS, do_sample=True, temperature=1.0, top_p=0.95, top_k=0)
+    seed = (job.settings.seed + HELD_OUT_SEED) % 2**63
+    pick = Nucleus(len(prompts), QUESTION_TOKENS, top_p=0.95, seed=seed, device=job.loaded.device)
+    written = write(study, prompts, QUESTION_TOKENS, pick)
     texts = [first_question(decode(job, ids)) for ids in written]
     return [text or question for text, question in zip(texts, questions, strict=True)]
 
@@ -207,27 +209,14 @@ def first_question(text: str) -> str:
 def answer_all(study: Study, questions: list[str]) -> list[Exchange]:
     """Answer every question greedily with the full cache."""
     asked = [study.job.prompt.question_ids(text) for text in questions]
-    answers = write(study, asked, ANSWER_TOKENS, do_sample=False)
+    answers = write(study, asked, ANSWER_TOKENS, greedy)
     return [Exchange(tuple(question), tuple(answer)) for question, answer in zip(asked, answers, strict=True)]
 
 
-def write(study: Study, prompts: list[list[int]], max_new_tokens: int, **sampling: Any) -> list[list[int]]:
+def write(study: Study, prompts: list[list[int]], max_new_tokens: int, pick: Pick) -> list[list[int]]:
     """Continue every prompt after the full cache, as one batch; a continuation that ends has its stop token."""
-    loaded, cache = study.job.loaded, attached(study)
-    input_ids, mask = left_pad(prompts, pad_id=pad_token_id(loaded))
-    with torch.no_grad():
-        generated = generate(
-            loaded,
-            input_ids=input_ids.to(loaded.device),
-            attention_mask=cache.attention_mask(mask).to(loaded.device),
-            past_key_values=cache,
-            max_new_tokens=min(max_new_tokens, study.job.room - input_ids.shape[1]),
-            **sampling,
-        )
-    stops = stop_token_ids(loaded)
-    rows = generated[:, input_ids.shape[1] :].tolist()
-    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
-    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+    limit = min(max_new_tokens, study.job.room - max(map(len, prompts)))
+    return answer_after(study.job.loaded, attached(study), prompts, limit, pick, keep_stop=True)
 
 
 def has_room(job: Job, prompt: list[int]) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from compactor.config import DecodeSettings
 from compactor.errors import DocumentError
-from compactor.reference_queries import generate, seeded, stop_token_ids
+from compactor.reference_queries import stop_token_ids
+from compactor.sampling import Nucleus
+from compactor.stepping import Pick, document_layers, greedy, stream
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
@@ -53,40 +55,33 @@ def answer_question(
             f"The question has {len(question_ids)} tokens and the document leaves "
             f"{loaded.window - cache.logical_length} of the model's window of {loaded.window}; ask a shorter question."
         )
-    input_ids = torch.tensor([question_ids], device=loaded.device)
-    clock = _Clock()
-    cache.forget_tail()
-    try:
-        with seeded(settings.seed, loaded.device):
-            generated = generate(
-                loaded,
-                input_ids=input_ids,
-                attention_mask=cache.attention_mask(torch.ones_like(input_ids)),
-                past_key_values=cache,
-                max_new_tokens=min(settings.max_new_tokens, room),
-                streamer=_streamer(loaded, clock, on_text),
-                **sampling(settings),
-            )
-    finally:
-        cache.forget_tail()
-    token_ids = generated[0, len(question_ids) :].tolist()
-    num_generated = len(token_ids)
-    if token_ids and token_ids[-1] in stop_token_ids(loaded):
-        token_ids = token_ids[:-1]
+    limit = min(settings.max_new_tokens, room)
+    stops, token_ids, clock = stop_token_ids(loaded), list[int](), _Clock()
+    text = _text_stream(loaded, on_text)
+    pick = picker(settings, limit, loaded.device)
+    for (token,) in stream(loaded, document_layers(cache), cache.logical_length, [question_ids], limit, pick):
+        clock.tick()
+        if token in stops:
+            break
+        token_ids.append(token)
+        text.put(torch.tensor([token]))
+    text.end()
     return Answer(
         text=str(loaded.tokenizer.decode(token_ids, skip_special_tokens=True)),
         token_ids=token_ids,
         prompt_tokens=len(question_ids),
         seconds_to_first_token=clock.first,
-        tokens_per_second=(num_generated - 1) / clock.rest if num_generated > 1 and clock.rest > 0 else 0.0,
+        tokens_per_second=(clock.ticks - 1) / clock.rest if clock.ticks > 1 and clock.rest > 0 else 0.0,
     )
 
 
-def sampling(settings: DecodeSettings) -> dict[str, Any]:
-    """Return ``generate``'s arguments for greedy or sampled decoding."""
+def picker(settings: DecodeSettings, max_new_tokens: int, device: torch.device) -> Pick:
+    """Return what picks the tokens of one sequence: the most likely one, or draws by temperature and nucleus."""
     if settings.temperature == 0.0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        return greedy
+    return Nucleus(
+        1, max_new_tokens, top_p=settings.top_p, temperature=settings.temperature, seed=settings.seed, device=device
+    )
 
 
 class _Clock:
@@ -95,26 +90,24 @@ class _Clock:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.first = self.rest = 0.0
-        self.puts = 0
+        self.ticks = 0
 
-    def put(self) -> None:
-        self.puts += 1
+    def tick(self) -> None:
+        """Take note that a token has come."""
+        self.ticks += 1
         elapsed = time.perf_counter() - self.started
-        if self.puts == 2:  # the first put is the prompt
+        if self.ticks == 1:
             self.first = elapsed
         self.rest = elapsed - self.first
 
 
-def _streamer(loaded: LoadedModel, clock: _Clock, on_text: Callable[[str], None] | None) -> TextStreamer:
+def _text_stream(loaded: LoadedModel, on_text: Callable[[str], None] | None) -> TextStreamer:
+    """Return what turns tokens into text as soon as a word is complete."""
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):
-        def put(self, value: torch.Tensor) -> None:
-            clock.put()
-            super().put(value)  # type: ignore[no-untyped-call]
-
+    class Stream(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if on_text is not None and text:
                 on_text(text)
 
-    return Streamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return Stream(loaded.tokenizer, skip_special_tokens=True)

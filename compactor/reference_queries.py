@@ -5,9 +5,7 @@ Repeating the context follows KVzip (arXiv 2505.23416) and Attention Matching (a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -68,39 +66,3 @@ def pad_token_id(loaded: LoadedModel) -> int:
     if loaded.tokenizer.pad_token_id is not None:
         return int(loaded.tokenizer.pad_token_id)
     return min(stop_token_ids(loaded), default=0)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Start torch's global generators of the CPU and of ``device`` from ``seed``; their state is restored afterwards.
-
-    Those of other devices are left alone; ``torch.manual_seed`` would start them all.
-    """
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=device.type):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        elif device.type == "mps":
-            torch.mps.manual_seed(seed)
-        yield
-
-
-def generate(loaded: LoadedModel, **arguments: Any) -> torch.Tensor:
-    """Call transformers' ``generate``; returns token ids (batch, num_tokens), the prompt's included.
-
-    Of the model's own generation config only the stop tokens play a part: its beams, penalties, static cache and
-    lengths would change answers, fail with our cache, or warn.
-    """
-    from transformers import GenerationConfig
-
-    model = loaded.model
-    run: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
-    stops = sorted(stop_token_ids(loaded)) or None
-    own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad_token_id(loaded))
-    try:
-        return run(**arguments)
-    finally:
-        model.generation_config = own

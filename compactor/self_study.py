@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compactor.prompt import encode_plain
-from compactor.sampling import Sections, sample_answers
+from compactor.sampling import sample_answers
+from compactor.shared_layers import Sections
 from compactor.types import Reporter, Segment
 
 if TYPE_CHECKING:

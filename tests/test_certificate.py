@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from compactor.job import num_compacted, prepare
 from compactor.methods import Compacted, get_method
 from compactor.model import LoadedModel, load_model
 from compactor.pipeline import compact, compact_study, every_key
-from compactor.reference_queries import seeded
 from compactor.study import Study, prefill_document
 
 TEXT = (
@@ -260,62 +258,14 @@ def test_the_questions_are_sampled_with_another_seed_than_the_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[int] = []
-    original = certificate.seeded
-    monkeypatch.setattr(certificate, "seeded", lambda seed, device: seeds.append(seed) or original(seed, device))
+    original = certificate.Nucleus
+    monkeypatch.setattr(
+        certificate, "Nucleus", lambda *a, seed, **k: seeds.append(seed) or original(*a, seed=seed, **k)
+    )
     for seed in (0, 7, 2**63 - 1):
         held_out_of(study_of(tmp_path, copies=1, seed=seed))
     assert len(set(seeds)) == 3 and not {0, 7, 2**63 - 1} & set(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-class Generators:
-    """Stands in for ``torch.cuda`` or ``torch.mps``: a generator per device, one of them the current one's."""
-
-    def __init__(self, count: int) -> None:
-        self.all = [torch.Generator().manual_seed(100 + i) for i in range(count)]
-        self.current = 0
-
-    def of(self, device: torch.device) -> torch.Generator:
-        return self.all[self.current if device.index is None else device.index]
-
-    def get_rng_state(self, device: torch.device) -> torch.Tensor:
-        return self.of(device).get_state()
-
-    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
-        self.of(device).set_state(state)
-
-    def manual_seed(self, seed: int) -> None:
-        self.all[self.current].manual_seed(seed)
-
-    @contextmanager
-    def device(self, device: torch.device) -> Iterator[None]:
-        before, self.current = self.current, self.current if device.index is None else device.index
-        yield
-        self.current = before
-
-    def states(self) -> list[list[int]]:
-        return [generator.get_state().tolist() for generator in self.all]
-
-
-@pytest.mark.parametrize("name", ["cpu", "mps", "cuda", "cuda:1"])
-def test_seeding_reaches_one_device_and_leaves_every_generator_as_it_was(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fakes = {"cuda": Generators(2), "mps": Generators(1)}
-    for kind, fake in fakes.items():
-        for method in ("get_rng_state", "set_rng_state", "manual_seed", *(["device"] if kind == "cuda" else [])):
-            monkeypatch.setattr(getattr(torch, kind), method, getattr(fake, method))
-    device = torch.device(name)
-    before = [torch.get_rng_state().tolist(), *(fake.states() for fake in fakes.values())]
-    draws = []
-    for _ in range(2):
-        with seeded(5, device):
-            used = torch.default_generator if name == "cpu" else fakes[device.type].of(device)
-            draws.append([float(torch.rand(1)), float(torch.rand(1, generator=used))])
-            others = [g for fake in fakes.values() for g in fake.all if g is not used]
-            assert all(g.initial_seed() != 5 for g in others)
-        assert [torch.get_rng_state().tolist(), *(fake.states() for fake in fakes.values())] == before
-    assert draws[0] == draws[1]
 
 
 def test_sections_are_spread_over_the_whole_document(tmp_path: Path) -> None:

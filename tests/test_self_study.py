@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_tiny
+from transformers import GenerationConfig
 
 from compactor import sampling, self_study
 from compactor.attach import attach_layers, dense_heads
@@ -19,9 +20,9 @@ from compactor.document import make_document
 from compactor.job import Job, prepare
 from compactor.model import LoadedModel, load_model
 from compactor.prefill import Prefilled
-from compactor.reference_queries import generate
-from compactor.sampling import Sections, sample, sample_answers
+from compactor.sampling import Nucleus, sample_answers
 from compactor.self_study import make_plan, self_study_segments, until_repetition
+from compactor.shared_layers import Sections
 from compactor.study import prefill_document
 from compactor.types import LayerCache, SilentReporter
 
@@ -94,12 +95,12 @@ def greedy(
     """Answers when each step takes the best token and none stops, and all logits, (rows, steps, vocabulary)."""
     seen: list[torch.Tensor] = []
 
-    def best(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> torch.Tensor:
+    def best(self: Nucleus, logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         seen.append(logits.clone())
         return logits.argmax(-1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "sample", best)
+        patch.setattr(Nucleus, "__call__", best)
         patch.setattr(sampling, "stop_token_ids", lambda _loaded: set())
         answers = sample_answers(place.loaded, place.full, sections, whole, max_new_tokens=steps, seed=0)
     return answers, torch.stack(seen, dim=1)
@@ -138,10 +139,10 @@ def test_the_surest_token_of_whole_rows_is_what_transformers_generates(
     for prompt, answer in zip(WHOLE_PROMPTS, answers, strict=True):
         attached = attach_layers(place.loaded.model, place.full.layers, place.full.logical_length)
         ids = torch.tensor([prompt])
-        made = generate(
-            place.loaded, input_ids=ids, attention_mask=attached.attention_mask(torch.ones_like(ids)),
-            past_key_values=attached, max_new_tokens=12, do_sample=False,
-        )[0, len(prompt) :].tolist()  # fmt: skip
+        config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=[], pad_token_id=0)
+        mask = attached.attention_mask(torch.ones_like(ids))
+        made = place.loaded.model.generate(ids, attention_mask=mask, past_key_values=attached, generation_config=config)
+        made = made[0, len(prompt) :].tolist()
         stop = place.loaded.tokenizer.eos_token_id
         assert answer == (made[: made.index(stop)] if stop in made else made)
 
@@ -195,20 +196,39 @@ def test_no_prompt_and_no_token_are_no_error(places: Callable[..., Place]) -> No
 def test_tokens_are_drawn_from_the_nucleus_by_their_probability() -> None:
     probs = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
     logits = probs.log().expand(4000, -1) + 3.0
-    generator = torch.Generator().manual_seed(0)
     for top_p, inside in ((1.0, [0, 1, 2, 3, 4]), (0.72, [1, 3, 2]), (0.69, [1, 3]), (0.3, [1])):
-        counts = torch.bincount(sample(logits, top_p, generator), minlength=5) / 4000
+        drawn = Nucleus(4000, 1, top_p=top_p, seed=0, device=logits.device)(logits, torch.zeros(1, dtype=torch.int64))
+        counts = torch.bincount(drawn, minlength=5) / 4000
         expected = torch.zeros(5)
         expected[inside] = probs[inside] / probs[inside].sum()
         torch.testing.assert_close(counts, expected, atol=0.03, rtol=0)
         assert counts.nonzero().flatten().tolist() == sorted(inside)
 
 
-def test_no_token_beyond_the_most_likely_is_ever_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "TOP_K", 3)
+def test_no_token_beyond_the_most_likely_is_ever_drawn() -> None:
     logits = torch.linspace(0, 1, 10).expand(500, -1)
-    drawn = sample(logits, 1.0, torch.Generator().manual_seed(0))
+    pick = Nucleus(500, 1, top_p=1.0, top_k=3, seed=0, device=logits.device)
+    drawn = pick(logits, torch.zeros(1, dtype=torch.int64))
     assert sorted(set(drawn.tolist())) == [7, 8, 9]
+
+
+def test_temperature_divides_the_logits_and_every_step_draws_anew() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(6000, -1)
+    pick = Nucleus(6000, 2, top_p=1.0, temperature=2.0, seed=0, device=logits.device)
+    first, second = (pick(logits, torch.tensor([step])) for step in (0, 1))
+    assert not torch.equal(first, second)
+    expected = (torch.tensor([0.0, 1.0, 2.0]) / 2.0).softmax(-1)
+    torch.testing.assert_close(torch.bincount(first, minlength=3) / 6000, expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-24])
+def test_the_largest_random_number_still_draws_from_the_nucleus(uniform: float) -> None:
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 3
+    pick = Nucleus(50, 1, top_p=0.9, seed=0, device=logits.device)
+    pick.uniform.fill_(uniform)
+    drawn = pick(logits, torch.zeros(1, dtype=torch.int64))
+    more_likely = (logits.softmax(-1) * (logits > logits.gather(1, drawn.unsqueeze(1)))).sum(-1)
+    assert (more_likely < 0.9).all()
 
 
 @pytest.mark.parametrize("num_document", [1, 2, 7, 511, 512, 1300])

@@ -14,7 +14,7 @@ import torch
 
 from compactor.errors import DocumentError
 from compactor.fidelity import POSITIONS_AT_ONCE, Exchange, Fidelity, answer_states, compare_states, log_probs_of
-from compactor.reference_queries import generate, left_pad, pad_token_id, stop_token_ids
+from compactor.stepping import answer_after, greedy
 
 if TYPE_CHECKING:
     from compactor.attach import AttachedCache
@@ -54,22 +54,7 @@ class CacheRespondent:
         answers: list[TokenIds] = []
         for first in range(0, len(questions), QUESTIONS_AT_ONCE):
             batch = list(questions[first : first + QUESTIONS_AT_ONCE])
-            input_ids, mask = left_pad(batch, pad_id=pad_token_id(self.loaded))
-            self.cache.forget_tail()
-            try:
-                generated = generate(
-                    self.loaded,
-                    input_ids=input_ids.to(self.loaded.device),
-                    attention_mask=self.cache.attention_mask(mask).to(self.loaded.device),
-                    past_key_values=self.cache,
-                    max_new_tokens=limit,
-                    do_sample=False,
-                    **({} if stop else {"min_new_tokens": limit}),
-                )
-            finally:
-                self.cache.forget_tail()
-            rows = generated[:, input_ids.shape[1] :].tolist()
-            answers += [until_stop(row, stop_token_ids(self.loaded)) if stop else row for row in rows]
+            answers += answer_after(self.loaded, self.cache, batch, limit, greedy, stop=stop)
         return answers
 
     def states(self, exchanges: Sequence[Exchange]) -> torch.Tensor:
@@ -94,11 +79,6 @@ def room_for(loaded: LoadedModel, logical_length: int, questions: Sequence[Token
             f"of the model's window of {loaded.window:,}; give shorter documents."
         )
     return min(max_new_tokens, room)
-
-
-def until_stop(token_ids: TokenIds, stops: set[int]) -> TokenIds:
-    """Cut an answer before its first stop token."""
-    return token_ids[: next((i for i, token in enumerate(token_ids) if token in stops), len(token_ids))]
 
 
 def num_positions(exchanges: Sequence[Exchange]) -> list[int]:

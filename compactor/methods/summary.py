@@ -11,7 +11,8 @@ from compactor.methods import Compacted
 from compactor.methods.keeping import plain_tokens
 from compactor.prefill import prefill
 from compactor.prompt import control_tokens
-from compactor.reference_queries import generate, stop_token_ids
+from compactor.reference_queries import stop_token_ids
+from compactor.stepping import answer_after, greedy
 from compactor.study import Study, stored
 
 SUMMARY = "the model's own summary of the document, as a plain cache of the same bytes"
@@ -54,18 +55,14 @@ def summarise(study: Study, max_tokens: int) -> list[int]:
             f"({len(question)} tokens); shorten it, or take a model with a larger window."
         )
     cache = attach.attach_layers(job.loaded.model, full.layers, full.logical_length)
-    input_ids = torch.tensor([question], device=job.loaded.device)
+    stops = torch.tensor(sorted(stop_token_ids(job.loaded)), dtype=torch.int64, device=job.loaded.device)
+
+    def pick(logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Take the most likely token, at first none that would end the summary before it begins."""
+        return greedy(torch.where(step > 0, logits, logits.index_fill(-1, stops, -torch.inf)), step)
+
     with job.reporter.phase("summarise"):
-        generated = generate(
-            job.loaded,
-            input_ids=input_ids,
-            attention_mask=cache.attention_mask(torch.ones_like(input_ids)),
-            past_key_values=cache,
-            max_new_tokens=min(max_tokens, room),
-            min_new_tokens=1,
-            do_sample=False,
-        )
-    token_ids: list[int] = generated[0, len(question) :].tolist()
+        (token_ids,) = answer_after(job.loaded, cache, [question], min(max_tokens, room), pick)
     forbidden = stop_token_ids(job.loaded) | set(control_tokens(job.loaded.tokenizer).values())
     plain = [token for token in token_ids if token not in forbidden]
     return plain or token_ids[:1]
