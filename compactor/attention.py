@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from compactor.errors import CompactorError
+from compactor.kernel_trial import passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,7 +151,7 @@ def document_attention(
     query (batch, num_heads, q_len, head_dim); keys, values (num_kept, head_dim); biases (num_kept,) float32; offsets
     (num_kv_heads + 1,) int32. Returns float32 out (query's shape) and lse (batch, num_heads, q_len).
     """
-    if query.is_cuda and kernel_available(query.device):
+    if kernel_usable("biased_decode", query):
         from compactor_kernels.biased_decode import biased_decode
 
         out, lse = biased_decode(
@@ -161,6 +162,13 @@ def document_attention(
 
         out, lse = biased_attention_reference(query, keys, values, biases, offsets, scaling=scaling)
     return out, lse
+
+
+def kernel_usable(name: str, query: torch.Tensor) -> bool:
+    """Whether a kernel of `kernel_trial.TRIALS` runs, and runs rightly, for queries like this one."""
+    if not (query.is_cuda and kernel_available(query.device)):
+        return False
+    return passes(name, query.device, query.dtype, query.shape[-1])
 
 
 @cache

@@ -143,7 +143,7 @@ class GrowingLayer(AttendingCacheLayer):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Do the same with fused attention and scores of rounded inputs; the batch dimension is dropped."""
-        assert self.head_gains is not None and self.scores is not None
+        assert self.head_gains is not None
         num_heads, q_len, head_dim = queries.shape
         num_kv_heads, first = keys.shape[0], keys.shape[1] - q_len
         group = num_heads // num_kv_heads
@@ -156,17 +156,32 @@ class GrowingLayer(AttendingCacheLayer):
         gains = self.head_gains.to(queries.device)
         largest = gains.max().clamp_min(1e-30)
         shift = (gains / largest).clamp_min(1e-6).log().unsqueeze(-1) - lse
-        for row, last, span in context_spans(first, first + q_len, self.prefix_length):
-            if span == self.prefix_length:
-                continue
+        self._score_fused(queries, keys, scaling, shift, largest)
+        self._keep(queries, first)
+        return out.unsqueeze(0)
+
+    def _score_fused(
+        self, queries: torch.Tensor, keys: torch.Tensor, scaling: float, shift: torch.Tensor, largest: torch.Tensor
+    ) -> None:
+        """Add largest^2 exp(s q_i.k_j + shift_i)^2 of the rows to the keys before their own spans; shift: (num_heads,
+        q_len) float32."""
+        assert self.scores is not None
+        num_kv_heads, stop, head_dim = keys.shape
+        first = stop - queries.shape[1]
+        if has_stats_kernel(queries):
+            stops = context_stops(first, stop, self.prefix_length, queries.device)
+            past = max(0, stop - 1 - self.prefix_length) // CONTEXT_SPAN * CONTEXT_SPAN  # the last row's
+            document = keys[:, self.prefix_length : self.prefix_length + past]
+            squares = squared_attention(queries, document, scaling, shift, stops)
+            self.scores[:, self.prefix_length : self.prefix_length + past] += squares * largest.square()
+            return
+        for row, last, span in context_spans(first, stop, self.prefix_length):
             own = slice(row - first, last - first)
             rows = queries[:, own].reshape(num_kv_heads, -1, head_dim)
             row_shift = shift[:, own].reshape(num_kv_heads, -1)
             probs = attention.exponentials(rows, keys[:, self.prefix_length : span], scaling, row_shift)
             norms = torch.linalg.vector_norm(probs, dim=1, dtype=torch.float32)
             self.scores[:, self.prefix_length : span] += (norms * largest).square()
-        self._keep(queries, first)
-        return out.unsqueeze(0)
 
     def _score(self, first: int, probs: torch.Tensor, head_gains: torch.Tensor) -> None:
         """Add the squares of a block of attention, which are formed in place."""
@@ -218,6 +233,37 @@ def context_spans(start: int, stop: int, prefix_length: int) -> Iterator[tuple[i
         last = min(stop, past + CONTEXT_SPAN)
         yield first, last, past
         first = last
+
+
+def context_stops(start: int, stop: int, prefix_length: int, device: torch.device) -> torch.Tensor:
+    """Return for the rows at token positions ``start .. stop`` how many of the document's keys come before their own
+    span, (stop - start,) int32: what `context_spans` says row by row."""
+    positions = torch.arange(start - prefix_length, stop - prefix_length, dtype=torch.int32, device=device)
+    return positions.clamp_(min=0).div_(CONTEXT_SPAN, rounding_mode="floor").mul_(CONTEXT_SPAN)
+
+
+def has_stats_kernel(queries: torch.Tensor) -> bool:
+    """Whether `squared_attention` runs: half-precision queries on an NVIDIA GPU where the Triton kernel does."""
+    return attention.is_fast(queries) and attention.kernel_usable("attention_stats", queries)
+
+
+def squared_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    row_shift: torch.Tensor,
+    stops: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return sum over rows i of exp(s q_i.k_j + row_shift_i)^2, (num_kv_heads, kv_len) float32, by the Triton kernel.
+
+    queries (num_heads, rows, head_dim); keys (num_kv_heads, kv_len, head_dim); row_shift (num_heads, rows) float32;
+    stops (rows,) int32 ascending: row i sees the keys before stops[i].
+    """
+    from compactor_kernels.attention_stats import attention_stats
+
+    found = attention_stats(queries, keys.to(queries.dtype), row_shift.contiguous(), scaling=scaling, stops=stops)
+    assert found.squares is not None
+    return found.squares
 
 
 @contextmanager

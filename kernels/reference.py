@@ -23,6 +23,25 @@ class PartialAttention(NamedTuple):
     lse: torch.Tensor  # (batch, num_heads, q_len), natural logarithm; -inf where there is no key
 
 
+class FitRows(NamedTuple):
+    """Rows of the KV heads of a layer, their groups flattened, and their exact attention; float32 but for queries."""
+
+    queries: torch.Tensor  # (num_heads, num_rows, head_dim)
+    weights: torch.Tensor  # (num_heads, num_rows)
+    lse: torch.Tensor  # (num_heads, num_rows): what scores are counted from
+    near_share: torch.Tensor  # (num_heads, num_rows): the score of what a row sees besides; -inf where that is nothing
+    near: torch.Tensor  # (num_heads, num_rows, head_dim): its output
+    out: torch.Tensor  # (num_heads, num_rows, head_dim): the output to be reproduced
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to the padded keys, biases and values of a layer; 0 where there is no key."""
+
+    by_key: torch.Tensor  # (num_heads, longest, head_dim)
+    by_bias: torch.Tensor  # (num_heads, longest)
+    by_value: torch.Tensor  # (num_heads, longest, head_dim)
+
+
 def biased_attention_reference(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -91,3 +110,56 @@ def _attend_rows(
     mass = weights.sum(dim=1, keepdim=True)
     out = (weights @ values) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
     return out, (peak + mass.log()).squeeze(1)
+
+
+def refine_gradients_reference(
+    rows: FitRows,
+    index: torch.Tensor,
+    keys: torch.Tensor,
+    biases: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor | Sequence[int],
+    scales: torch.Tensor,
+    *,
+    scaling: float,
+) -> Gradients:
+    """Gradients of half the weighted squared error of attention's output on some rows; twin of `refine_gradients`.
+
+        S_ij = s q_i.k_j + b_j - lse_i,   shift_i = log(exp(near_share_i) + sum_j exp(S_ij))
+        P_ij = exp(S_ij - shift_i)
+        out'_i = exp(near_share_i - shift_i) near_i + sum_j P_ij v_j,   e_i = w_i (out'_i - out_i)
+        dV = P^T e,   dS_ij = P_ij (e_i.v_j - e_i.out'_i),   dK = s dS^T Q,   db_j = sum_i dS_ij
+
+    index: (num_drawn,) int64, row numbers, repeats counted as often as they come; keys, values: (num_heads, longest,
+    head_dim), of which head h owns the first ``lengths[h]``; biases: (num_heads, longest); scales: (3, num_heads), what
+    the gradients with respect to keys, biases and values are multiplied by.
+
+    Keys are rounded to the type of the queries; everything else is computed and returned in float32, in float64 where
+    the queries are float64.
+    """
+    exact = torch.promote_types(rows.queries.dtype, torch.float32)
+    keys = keys.to(rows.queries.dtype)
+    gradients = Gradients(*(torch.zeros_like(part, dtype=exact) for part in (keys, biases, values)))
+    for head, count in enumerate(lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths):
+        own_keys, own_biases, own_values = (part[head, :count].to(exact) for part in (keys, biases, values))
+        for drawn in index.split(max(1, SCORE_ELEMENTS // max(1, count))):
+            own = FitRows(*(part[head, drawn].to(exact) for part in rows))
+            parts = _head_gradients(own, own_keys, own_biases, own_values, scaling)
+            for total, part in zip(gradients, parts, strict=True):
+                total[head, :count] += part
+    by_key, by_bias, by_value = gradients
+    of_keys, of_biases, of_values = scales.to(exact).unsqueeze(-1)
+    return Gradients(by_key * of_keys.unsqueeze(-1), by_bias * of_biases, by_value * of_values.unsqueeze(-1))
+
+
+def _head_gradients(
+    rows: FitRows, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor, scaling: float
+) -> Gradients:
+    """Return the gradients of one head on all of ``rows``: (num_rows, ...) each."""
+    scores = scaling * (rows.queries @ keys.T) - rows.lse.unsqueeze(-1) + biases  # (num_rows, num_kept)
+    shift = torch.logaddexp(scores.logsumexp(-1), rows.near_share)
+    shares = (scores - shift.unsqueeze(-1)).exp()
+    out = shares @ values + (rows.near_share - shift).exp().unsqueeze(-1) * rows.near
+    error = (out - rows.out) * rows.weights.unsqueeze(-1)
+    by_score = shares * (error @ values.T - (error * out).sum(-1, keepdim=True))
+    return Gradients(scaling * (by_score.T @ rows.queries), by_score.sum(0), shares.T @ error)

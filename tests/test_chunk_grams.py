@@ -464,13 +464,13 @@ def test_half_precision_attention_survives_scores_in_the_thousands(matrix_units:
 
 def test_half_precision_gram_sums_equal_those_of_the_rounded_rows(matrix_units: None) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows, targets = torch.rand(90, 31, generator=generator).half(), torch.randn(90, 3, generator=generator)
-    sums = gram.GramSum(31, 3, torch.device("cpu"))
-    for part, target in zip(rows.split(40), targets.split(40), strict=True):
+    rows, targets = torch.rand(2, 90, 31, generator=generator).half(), torch.randn(2, 90, 3, generator=generator)
+    sums = gram.GramSum(2, 31, 3, torch.device("cpu"))
+    for part, target in zip(rows.split(40, dim=1), targets.split(40, dim=1), strict=True):
         sums.add(part, target)
-    torch.testing.assert_close(sums.gram, rows.double().T @ rows.double(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(sums.rhs, rows.double().T @ targets.double(), rtol=1e-5, atol=1e-5)
-    assert sums.energy == pytest.approx(float(targets.double().square().sum()), rel=1e-6)
+    torch.testing.assert_close(sums.gram, rows.double().mT @ rows.double(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sums.rhs, rows.double().mT @ targets.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.energy, targets.double().square().sum((1, 2)), rtol=1e-6, atol=0)
 
 
 def test_half_precision_gram_matrices_are_those_of_the_rounded_attention(matrix_units: None) -> None:

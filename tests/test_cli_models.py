@@ -235,7 +235,11 @@ def test_doctor_says_which_attention_and_why(monkeypatch: pytest.MonkeyPatch) ->
         "note",
     )
     monkeypatch.setitem(sys.modules, "triton", type(sys)("triton"))
-    assert doctor._attention().value.startswith("Triton")
+    monkeypatch.setattr(doctor, "_kernel_failures", dict)
+    assert doctor._attention().value.startswith("Triton") and doctor._attention().state == "ok"
+    monkeypatch.setattr(doctor, "_kernel_failures", lambda: {"attention_stats": "it does not compile"})
+    finding = doctor._attention()
+    assert finding.state == "note" and "attention_stats: it does not compile" in finding.value
 
 
 def test_an_unwritable_cache_folder_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

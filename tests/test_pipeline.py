@@ -226,9 +226,9 @@ def test_every_subset_of_queries_works_and_reports_its_rows(queries: tuple[str, 
 def test_where_the_queries_give_no_row_the_repeat_pass_takes_their_place(tmp_path: Path) -> None:
     """A document of one context span has no context row; a choice without any query would be the first keys."""
     loaded, text = tiny(tmp_path), document(1)
-    alone = compact(text, loaded, CompactSettings(keep_ratio=0.2, queries=("context",), **FAST))
+    alone = compact(text, loaded, CompactSettings(keep_ratio=0.2, queries=("context",), refine_steps=0, **FAST))
     assert alone.metadata.document_tokens < CONTEXT_SPAN
-    repeat = compact(text, loaded, CompactSettings(keep_ratio=0.2, queries=("repeat",), **FAST))
+    repeat = compact(text, loaded, CompactSettings(keep_ratio=0.2, queries=("repeat",), refine_steps=0, **FAST))
     assert alone.metadata.report["reference_rows"]["repeat"] == repeat.metadata.report["reference_rows"]["repeat"]
     for mine, theirs in zip(alone.layers, repeat.layers, strict=True):
         assert torch.equal(mine.positions, theirs.positions)

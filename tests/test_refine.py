@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from compactor.solve import refine as refine_module
 from compactor.solve.fit import Rows, fitted_output, held_out_rows, squared_error
 from compactor.solve.refine import HeadKeyValues, Problem, Refiner, batches, rate
+from compactor_kernels.reference import FitRows, Gradients, refine_gradients_reference
 
 KV_HEADS, GROUP, ROWS, DIM, DOCUMENT = 3, 2, 160, 8, 48
 
@@ -118,6 +120,84 @@ def test_heads_of_unlike_length_give_what_each_gives_alone() -> None:
                 getattr(together[index], name), getattr(problem_all[index], name), rtol=1e-3, atol=1e-4
             )
     assert together[2] is heads[2]
+
+
+class TwinPlan(NamedTuple):
+    """What the kernels' twin needs to know of rows and heads."""
+
+    rows: FitRows
+    lengths: list[int]
+    scales: torch.Tensor
+    scaling: float
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[TwinPlan]:
+    """Take the steps as if by the kernels, their twin in their place; returns the plans that are made."""
+    kernels = pytest.importorskip("compactor_kernels.refine_gradients")
+    plans: list[TwinPlan] = []
+
+    def plan(rows: FitRows, lengths: list[int], scales: torch.Tensor, *, scaling: float) -> TwinPlan:
+        plans.append(TwinPlan(rows, lengths, scales, scaling))
+        return plans[-1]
+
+    def step(own: TwinPlan, index: torch.Tensor, *moving: torch.Tensor) -> Gradients:
+        return refine_gradients_reference(own.rows, index, *moving, own.lengths, own.scales, scaling=own.scaling)
+
+    monkeypatch.setattr(refine_module, "is_fused", lambda parts: True)
+    monkeypatch.setattr(kernels, "plan_gradients", plan)
+    monkeypatch.setattr(kernels, "refine_gradients", step)
+    return plans
+
+
+def test_fused_gradients_are_those_of_the_torch_path(fused: list[TwinPlan]) -> None:
+    rows, keys, values = make_rows()
+    problem = Problem([rows], some_heads(keys, values, [8, 1, 5]), [0, 1, 2])
+    index = next(problem.samples(0))
+    generator = torch.Generator().manual_seed(1)
+    starts = (problem.keys, problem.biases, problem.values)
+    moved = problem.moved(*(0.1 * torch.randn(part.shape, generator=generator) for part in starts))
+    expected = problem.gradients(problem.take(index), *moved)
+    for found, part in zip(problem.step_gradients(index, *moved), expected, strict=True):
+        torch.testing.assert_close(found, part, rtol=1e-4, atol=1e-6 * float(part.abs().max()))
+    assert len(fused) == 1 and fused[0].lengths == [8, 1, 5]
+
+
+@pytest.mark.parametrize("counts", [[6, 4, 8], [8, 0, 2]])
+def test_fused_steps_refine_as_those_of_the_torch_path(counts: list[int], request: pytest.FixtureRequest) -> None:
+    rows, keys, values = make_rows()
+    heads = some_heads(keys, values, counts)
+    expected = Refiner(12).refine([rows], heads)
+    plans = request.getfixturevalue("fused")
+    found = Refiner(12).refine([rows], heads)
+    assert [plan.lengths for plan in plans] == [[count for count in counts if count]]  # all heads at once
+    for before, there, here in zip(heads, expected, found, strict=True):
+        for name in ("keys", "biases", "values"):
+            torch.testing.assert_close(getattr(here, name), getattr(there, name), rtol=1e-3, atol=1e-4)
+        assert here is before if not len(before.biases) else not torch.equal(here.keys, before.keys)
+
+
+def test_fused_steps_take_heads_of_all_lengths_unless_padding_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, keys, values = make_rows()
+    gpu = torch.device("cuda")
+    heads = some_heads(keys, values, [2, 0, 40])
+    assert list(batches(heads, gpu, fused=True)) == [[0, 2]]
+    assert list(batches(heads[1:2], gpu, fused=True)) == []
+    monkeypatch.setattr(refine_module, "PADDED", 2 * 40 * DIM - 1)
+    monkeypatch.setattr(refine_module, "SMALL", 0)
+    assert list(batches(heads, gpu, fused=True)) == [[2], [0]]
+
+
+def test_kernels_take_half_precision_rows_of_one_part_that_see_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _, _ = make_rows()
+    half = replace(rows, queries=rows.queries.half())
+    stops = replace(half, document_stop=torch.full((ROWS,), DOCUMENT))
+    none = replace(half, lse=half.lse[:, :, :0])
+    assert not refine_module.is_fused([half])  # on a CPU
+    monkeypatch.setattr(refine_module.attention, "is_fast", lambda query: query.dtype != torch.float32)
+    monkeypatch.setattr(refine_module.attention, "kernel_usable", lambda name, query: name == "refine_gradients")
+    assert refine_module.is_fused([half]) and refine_module.is_fused([half, none])
+    assert not any(refine_module.is_fused(parts) for parts in ([rows], [stops], [half, half], [half, stops]))
 
 
 def test_equal_seeds_give_equal_heads_and_other_seeds_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

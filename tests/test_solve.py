@@ -10,30 +10,38 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
+from test_half_path import product
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from compactor import prefill
+from compactor import attention, prefill
 from compactor.config import CompactSettings
 from compactor.errors import NumericalError, SettingsError
-from compactor.packed import pack
+from compactor.packed import PackedLayer, pack
 from compactor.prefill import context_spans, dense_layer
-from compactor.solve.biases import cholesky_factor, solve_box_nnls
+from compactor.solve import biases as biases_module
+from compactor.solve import fit as fit_module
+from compactor.solve import gram as gram_module
+from compactor.solve.biases import cholesky_factor, cholesky_factors, solve_box_nnls, solve_box_nnls_batched
 from compactor.solve.budget import allocate, key_bytes, total_from_bytes
 from compactor.solve.fit import (
     FitInputs,
     FitLayer,
     HeadFit,
-    HeadKeys,
+    KeptKeys,
+    LayerKeys,
     Rows,
     choose_biases,
     context_rows,
-    fit_head,
     fit_head_values,
+    fit_heads,
     fitted_attention,
+    fitted_outputs,
+    head_batches,
     kept_attention,
 )
 from compactor.solve.gram import GramSum, add_symmetric_product
 from compactor.solve.select import select_keys
-from compactor.solve.values import RidgeStats, fit_values, solve_ridge
+from compactor.solve.values import RIDGES, RidgeStats, fit_values, solve_in_float32, solve_ridge
 from compactor.types import LayerCache, Segment
 
 
@@ -85,6 +93,90 @@ def test_unseen_keys_keep_bias_zero() -> None:
     assert torch.equal(fit.solution, torch.ones(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("directions", [torch.float32, torch.float64])
+def test_problems_of_unlike_size_solved_together_equal_scipy(
+    directions: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smaller ones are padded with zero columns; a GPU's directions are float32, its gradients are not."""
+    monkeypatch.setattr(biases_module, "direction_type", lambda device: directions)
+    sizes = [(40, 1.0), (25, 1e3), (1, 1.0), (33, 1e6), (40, 10.0)]
+    gram, rhs = torch.zeros(5, 40, 40, dtype=torch.float64), torch.zeros(5, 40, dtype=torch.float64)
+    problems = [problem(200, num_keys, condition, seed) for seed, (num_keys, condition) in enumerate(sizes)]
+    for head, (matrix, target) in enumerate(problems):
+        n = matrix.shape[1]
+        gram[head, :n, :n], rhs[head, :n] = matrix.T @ matrix, matrix.T @ target
+    fits = solve_box_nnls_batched(gram, rhs, lower=0.05, upper=2.0)
+    assert fits.converged.tolist() == [True] * 5
+    assert (fits.iterations > 1).any() and len(fits.iterations.unique()) > 1
+    for head, (matrix, target) in enumerate(problems):
+        n = matrix.shape[1]
+        scipys = scipy.optimize.lsq_linear(matrix.numpy(), target.numpy(), bounds=(0.05, 2.0), method="bvls", tol=1e-14)
+        objective = float((matrix @ fits.solution[head, :n] - target).square().sum())
+        assert objective <= 2 * scipys.cost * (1 + 1e-9)
+        alone = solve_box_nnls(gram[head, :n, :n], rhs[head, :n], lower=0.05, upper=2.0)
+        if directions == torch.float64:
+            assert alone.iterations == int(fits.iterations[head])
+        torch.testing.assert_close(matrix @ fits.solution[head, :n], matrix @ alone.solution, rtol=0, atol=1e-6)
+        assert (fits.solution[head, n:] == 1.0).all()
+
+
+def test_a_batch_settles_while_one_of_its_problems_has_no_solution() -> None:
+    matrix, target = problem(100, 10, 1.0, 3)
+    gram, rhs = (matrix.T @ matrix).repeat(3, 1, 1), (matrix.T @ target).repeat(3, 1)
+    gram[1] = 1.0  # of rank one
+    rhs[2, 4] = torch.inf
+    fits = solve_box_nnls_batched(gram, rhs, lower=0.05, upper=2.0)
+    assert fits.converged.tolist() == [True, True, False]
+    alone = solve_box_nnls(gram[0], rhs[0], lower=0.05, upper=2.0)
+    torch.testing.assert_close(fits.solution[0], alone.solution, rtol=0, atol=1e-9)
+    assert torch.isfinite(fits.solution[:2]).all()
+
+
+def test_a_matrix_that_is_no_gram_matrix_is_an_error_alone_and_not_a_number_in_a_batch() -> None:
+    indefinite = torch.full((10, 10), -20.0, dtype=torch.float64).fill_diagonal_(1.0)
+    with pytest.raises(NumericalError, match=r"^The equations of 10 keys cannot be solved; take --dtype float32"):
+        solve_box_nnls(indefinite, torch.ones(10), lower=0.05, upper=2.0)
+    gram = torch.stack([torch.eye(10, dtype=torch.float64), indefinite])
+    bounds = torch.full((2, 10), 0.05).double(), torch.full((2, 10), 2.0).double()
+    search, x = biases_module._JointSearch(gram, *bounds), torch.ones(2, 10, dtype=torch.float64)
+    for _ in range(20):  # from the same point, with more jitter each time
+        found, moved = search.step(torch.ones_like(x), x, torch.ones_like(x, dtype=torch.bool))
+    assert moved.all()
+    torch.testing.assert_close(found[0], torch.full((10,), 0.05).double())
+    assert found[1].isnan().all()
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host asks for a number of the device, or for a shape that depends on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_makes_the_host_wait_once_in_some_iterations() -> None:
+    problems = [problem(200, 40, 1e3, seed) for seed in range(3)]
+    gram = torch.stack([matrix.T @ matrix for matrix, _ in problems])
+    rhs = torch.stack([matrix.T @ target for matrix, target in problems])
+    with Waits() as waits:
+        fits = solve_box_nnls_batched(gram, rhs, lower=0.05, upper=2.0)
+    most = int(fits.iterations.max())
+    assert most > biases_module.CHECK_EVERY
+    assert waits.count <= 2 + most // biases_module.CHECK_EVERY
+
+
+def test_factors_of_a_batch_have_the_jitter_that_each_needs() -> None:
+    matrices = torch.stack([torch.eye(5), torch.ones(5, 5), torch.eye(5) - 20.0, 1e-8 * torch.eye(5)]).double()
+    factors = cholesky_factors(matrices)
+    for head in (0, 1, 3):
+        torch.testing.assert_close(factors[head], cholesky_factor(matrices[head]), rtol=0, atol=0)
+    assert factors[2].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_singular_matrix_gets_a_factor_and_one_that_has_none_is_an_error(dtype: torch.dtype) -> None:
     ones = torch.ones(5, 5, dtype=dtype)
@@ -109,27 +201,79 @@ def test_ridge_equals_scipy_least_squares(condition: float) -> None:
     assert stats.error(torch.as_tensor(expected)) == pytest.approx(error, rel=1e-9)
 
 
+def sums_of(rows: torch.Tensor, residual: torch.Tensor) -> GramSum:
+    """Return the float64 sums of rows (num_heads, n, num_keys) and residuals (num_heads, n, head_dim)."""
+    sums = GramSum(len(rows), rows.shape[-1], residual.shape[-1], torch.device("cpu"))
+    sums.gram, sums.rhs, sums.energy = rows.mT @ rows, rows.mT @ residual, residual.square().sum((1, 2))
+    return sums
+
+
 def test_values_stay_when_no_ridge_helps_on_held_out_rows() -> None:
     generator = torch.Generator().manual_seed(0)
-    rows, residual = torch.rand(40, 30, generator=generator).double(), torch.randn(40, 4, generator=generator).double()
-    train = RidgeStats(rows.T @ rows, rows.T @ residual, float(residual.square().sum()))
-    other = RidgeStats(train.gram, -train.rhs, train.energy)  # what helps the one hurts the other
-    fit = fit_values(train, other, None)
-    assert fit.ridge == float("inf")
+    rows = torch.rand(1, 40, 30, generator=generator).double()
+    residual = torch.randn(1, 40, 4, generator=generator).double()
+    train, other = sums_of(rows, residual), sums_of(rows, -residual)  # what helps the one hurts the other
+    fit = fit_values(train, other, torch.tensor([30]), None)
+    assert fit.ridge.tolist() == [float("inf")]
     assert not fit.change.any()
+    assert torch.equal(fit.error_after, train.energy + other.energy)
 
 
-def test_gram_blocks_equal_one_product() -> None:
-    rows = torch.randn(700, 531, generator=torch.Generator().manual_seed(0))
-    targets = torch.randn(700, 3, generator=torch.Generator().manual_seed(1))
-    sums = GramSum(531, 3, torch.device("cpu"))
-    for part, target in zip(rows.split(123), targets.split(123), strict=True):
+def test_each_head_of_a_batch_chooses_its_ridge_and_its_values_as_if_it_were_alone() -> None:
+    """Heads of 20, 30 and 12 keys; the held-out rows of the first contradict the others, the last are noisy."""
+    generator = torch.Generator().manual_seed(3)
+    counts = [20, 30, 12]
+    rows = torch.rand(3, 80, 30, generator=generator).double() * torch.tensor([1.0, 1e-6, 1e3]).view(-1, 1, 1)
+    for head, count in enumerate(counts):
+        rows[head, :, count:] = 0.0
+    truth = torch.randn(3, 30, 4, generator=generator).double() / rows.amax((1, 2)).view(-1, 1, 1)
+    noise = torch.tensor([0.0, 0.02, 2.0]).view(-1, 1, 1) * torch.randn(3, 80, 4, generator=generator)
+    residual = rows @ truth + noise
+    parts = (rows[:, :50], residual[:, :50]), (rows[:, 50:], residual[:, 50:])
+    train, held_out = (sums_of(*part) for part in parts)
+    held_out.rhs[0] *= -1.0
+    together = fit_values(train, held_out, torch.tensor(counts), None)
+    assert len(set(together.ridge.tolist())) == 3 and together.ridge[0] == torch.inf
+    for head, count in enumerate(counts):
+        own = [GramSum(1, count, 4, torch.device("cpu")) for _ in range(2)]
+        for sums, whole in zip(own, (train, held_out), strict=True):
+            sums.gram, sums.rhs = whole.gram[head : head + 1, :count, :count], whole.rhs[head : head + 1, :count]
+            sums.energy = whole.energy[head : head + 1]
+        alone = fit_values(*own, torch.tensor([count]), None)
+        assert alone.ridge.tolist() == [together.ridge[head]]
+        torch.testing.assert_close(together.change[head, :count], alone.change[0], rtol=1e-6, atol=0)
+        assert not together.change[head, count:].any()
+        for name in ("error_before", "error_after"):
+            assert float(getattr(together, name)[head]) == pytest.approx(float(getattr(alone, name)), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_ridge_systems_factored_in_float32_lose_almost_nothing(size: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.rand(2, 90, 25, generator=generator).double() * size
+    residual = torch.randn(2, 90, 3, generator=generator).double()
+    sums = sums_of(rows, residual)
+    mean = sums.gram.diagonal(dim1=1, dim2=2).mean(-1)
+    ridges = torch.tensor([RIDGES[0], RIDGES[2]]).double()
+    found = solve_in_float32(sums.gram, sums.rhs, mean, ridges)
+    for head in range(2):
+        exact = solve_ridge(RidgeStats(sums.gram[head], sums.rhs[head], 0.0), float(ridges[head]))
+        torch.testing.assert_close(found[head], exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_gram_blocks_equal_one_product(num_heads: int) -> None:
+    rows = torch.randn(num_heads, 700, 531, generator=torch.Generator().manual_seed(0))
+    targets = torch.randn(num_heads, 700, 3, generator=torch.Generator().manual_seed(1))
+    sums = GramSum(num_heads, 531, 3, torch.device("cpu"))
+    for part, target in zip(rows.split(123, dim=1), targets.split(123, dim=1), strict=True):
         sums.add(part, target)
-    torch.testing.assert_close(sums.gram, rows.double().T @ rows.double(), atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(sums.rhs, rows.double().T @ targets.double(), atol=1e-3, rtol=1e-5)
-    total = torch.zeros(531, 531)
+    torch.testing.assert_close(sums.gram, rows.double().mT @ rows.double(), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(sums.rhs, rows.double().mT @ targets.double(), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(sums.energy, targets.double().square().sum((1, 2)), atol=0, rtol=1e-6)
+    total = torch.zeros(num_heads, 531, 531)
     add_symmetric_product(total, rows)
-    assert torch.equal(total, total.T)
+    assert torch.equal(total, total.mT)
 
 
 class AppleTensor(torch.Tensor):
@@ -153,16 +297,16 @@ class AppleTensor(torch.Tensor):
 
 @pytest.mark.parametrize("empty_columns", [0, 300])
 def test_gram_sums_of_rows_on_an_apple_gpu_are_made_on_the_host(empty_columns: int) -> None:
-    rows = torch.randn(90, 531, generator=torch.Generator().manual_seed(0))
-    rows[:, :empty_columns] = 0.0
-    targets = torch.randn(90, 3, generator=torch.Generator().manual_seed(1))
-    apple, plain = (GramSum(531, 3, torch.device("cpu")) for _ in range(2))
+    rows = torch.randn(1, 90, 531, generator=torch.Generator().manual_seed(0))
+    rows[..., :empty_columns] = 0.0
+    targets = torch.randn(1, 90, 3, generator=torch.Generator().manual_seed(1))
+    apple, plain = (GramSum(1, 531, 3, torch.device("cpu")) for _ in range(2))
     apple.add(rows.as_subclass(AppleTensor), targets.as_subclass(AppleTensor))
     plain.add(rows, targets)
     assert type(apple.gram) is torch.Tensor
     assert torch.equal(apple.gram, plain.gram)
     assert torch.equal(apple.rhs, plain.rhs)
-    assert apple.energy == pytest.approx(plain.energy, rel=1e-5)
+    torch.testing.assert_close(apple.energy, plain.energy, rtol=1e-5, atol=0)
 
 
 def test_budget_keeps_the_largest_gains_and_the_floor() -> None:
@@ -206,8 +350,8 @@ class Case:
     queries: torch.Tensor  # (group, q_len, head_dim); their first row follows len(local_keys) - q_len tokens
 
     @property
-    def parts(self) -> HeadKeys:
-        return HeadKeys(self.document_values, self.document_keys)
+    def keys(self) -> LayerKeys:
+        return LayerKeys(self.document_keys[None], self.document_values[None], torch.float32)
 
     def attend(
         self, keys: torch.Tensor, values: torch.Tensor, biases: torch.Tensor
@@ -235,9 +379,12 @@ class Case:
 
     def rows(self, weight: float = 1.0) -> Rows:
         exact = self.attend(self.document_keys, self.document_values, torch.zeros(len(self.document_keys)))
-        lse, share, near, out = (part.float() for part in exact)
+        lse, share, near, out = (part.float()[None] for part in exact)
         held_out = torch.arange(self.queries.shape[1]) % 5 == 4
-        return Rows(self.queries, 1.0, torch.full_like(lse, weight), lse, share, near, out, held_out)
+        return Rows(self.queries[None], 1.0, torch.full_like(lse, weight), lse, share, near, out, held_out)
+
+    def fit(self, rows: Rows, order: torch.Tensor, count: int, settings: CompactSettings | None = None) -> HeadFit:
+        return fit_heads(self.keys, [rows], order[None], [count], settings or CompactSettings())[0]
 
     def error(self, fit: HeadFit) -> float:
         """True squared error of a fitted head on all rows."""
@@ -261,7 +408,7 @@ def case(num_document: int, q_len: int = 96, group: int = 2, local: int = 4, pre
 def test_the_fit_reports_the_true_error_and_beats_unfitted_keys() -> None:
     one = case(60)
     rows = one.rows()
-    fit = fit_head(one.parts, [rows], torch.arange(60), 20, CompactSettings())
+    fit = one.fit(rows, torch.arange(60), 20)
     measured = one.error(fit)
     assert measured == pytest.approx(fit.squared_error, rel=1e-4)
     assert float(rows.out.square().sum()) == pytest.approx(fit.energy, rel=1e-5)
@@ -276,7 +423,7 @@ def test_a_row_that_loses_all_it_looked_at_stays_finite() -> None:
     """One key has all the attention, by hundreds of nats, and is not kept."""
     one = case(40)
     one.document_keys[7] = 300.0 * one.queries[0].mean(0) / one.queries[0].mean(0).norm()
-    fit = fit_head(one.parts, [one.rows()], torch.cat([torch.arange(8, 40), torch.arange(8)]), 10, CompactSettings())
+    fit = one.fit(one.rows(), torch.cat([torch.arange(8, 40), torch.arange(8)]), 10)
     assert 7 not in fit.kept.tolist()
     assert torch.isfinite(fit.values).all()
     assert 0 < fit.squared_error < float("inf")
@@ -285,7 +432,7 @@ def test_a_row_that_loses_all_it_looked_at_stays_finite() -> None:
 
 def test_row_weights_multiply_the_squared_error() -> None:
     one = case(40)
-    fits = [fit_head(one.parts, [one.rows(w)], torch.arange(40), 12, CompactSettings()) for w in (1.0, 3.0)]
+    fits = [one.fit(one.rows(w), torch.arange(40), 12) for w in (1.0, 3.0)]
     assert fits[1].squared_error == pytest.approx(9.0 * fits[0].squared_error, rel=1e-3)
     assert fits[1].energy == pytest.approx(9.0 * fits[0].energy, rel=1e-5)
     torch.testing.assert_close(fits[0].values, fits[1].values, atol=1e-3, rtol=1e-3)
@@ -295,7 +442,11 @@ def test_the_values_are_the_best_that_a_ridge_can_find() -> None:
     """The oracle writes the compacted attention out and solves the stacked least squares problem with scipy."""
     one, kept = case(30, q_len=40), torch.arange(0, 30, 3)
     rows, biases = one.rows(), torch.linspace(-1.0, 2.0, 10)
-    made = fit_head_values(one.parts, [rows], kept, biases, 1e-3)
+    none = torch.zeros(1)
+    chosen = KeptKeys(
+        [0], [10], torch.tensor([10]), kept[None], one.document_keys[kept][None], biases[None], none, none, None
+    )
+    made = fit_head_values(one.keys, [rows], chosen, 1e-3)
     columns = []
     for j in range(10):  # attention to kept key j: the output when its value is 1 and all others are 0
         unit = torch.zeros(10, 8)
@@ -308,32 +459,32 @@ def test_the_values_are_the_best_that_a_ridge_can_find() -> None:
     ridge = (1e-3 * matrix.square().sum(0).mean()).sqrt()
     stacked = np.vstack([matrix.numpy(), float(ridge) * np.eye(10)])
     expected = scipy.linalg.lstsq(stacked, np.vstack([residual.numpy(), np.zeros((10, 8))]))[0]
-    np.testing.assert_allclose(made.change.numpy(), expected, atol=2e-4)
+    np.testing.assert_allclose(made.change[0].numpy(), expected, atol=2e-4)
 
 
 def test_biases_recover_the_mass_of_physical_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every document key stands three times; keeping one of each with bias log 3 loses nothing."""
     one = case(15)
     one = replace(one, document_keys=one.document_keys.repeat(3, 1), document_values=one.document_values.repeat(3, 1))
-    fit = fit_head(one.parts, [one.rows()], torch.arange(45), 15, CompactSettings())
+    fit = one.fit(one.rows(), torch.arange(45), 15)
     assert fit.squared_error < 1e-4 * fit.energy
     triple = torch.full((15,), float(np.log(3.0)))
     torch.testing.assert_close(fit.biases, triple, atol=5e-2, rtol=0)  # the prior pulls a little
     monkeypatch.setattr("compactor.solve.fit.BIAS_PRIOR", 1e-8)
-    fit = fit_head(one.parts, [one.rows()], torch.arange(45), 15, CompactSettings())
+    fit = one.fit(one.rows(), torch.arange(45), 15)
     torch.testing.assert_close(fit.biases, triple, atol=1e-3, rtol=0)
 
 
 def test_a_head_nobody_looks_at_keeps_its_keys_unchanged() -> None:
     one = case(30)
-    fit = fit_head(one.parts, [one.rows(0.0)], torch.arange(30), 5, CompactSettings())
+    fit = one.fit(one.rows(0.0), torch.arange(30), 5)
     assert not fit.biases.any()
     assert torch.equal(fit.values, one.document_values[fit.kept])
 
 
 def test_one_kept_key_and_fewer_rows_than_keys_work() -> None:
     for count, one in ((1, case(40)), (30, case(40, q_len=6, group=1))):
-        fit = fit_head(one.parts, [one.rows()], torch.arange(40), count, CompactSettings())
+        fit = one.fit(one.rows(), torch.arange(40), count)
         assert len(fit.kept) == count
         assert torch.isfinite(fit.values).all()
         assert torch.isfinite(fit.biases).all()
@@ -341,7 +492,7 @@ def test_one_kept_key_and_fewer_rows_than_keys_work() -> None:
 
 def test_every_key_kept_is_every_key_unchanged() -> None:
     one = case(20)
-    fit = fit_head(one.parts, [one.rows()], torch.arange(20).flip(0), 20, CompactSettings())
+    fit = one.fit(one.rows(), torch.arange(20).flip(0), 20)
     assert fit.kept.tolist() == list(range(20))
     assert not fit.biases.any() and torch.equal(fit.values, one.document_values)
     assert fit.squared_error == 0.0 == fit.unfitted_error
@@ -349,9 +500,9 @@ def test_every_key_kept_is_every_key_unchanged() -> None:
 
 def test_rows_cut_into_blocks_give_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     one = case(40)
-    whole = fit_head(one.parts, [one.rows()], torch.arange(40), 10, CompactSettings())
+    whole = one.fit(one.rows(), torch.arange(40), 10)
     monkeypatch.setattr("compactor.solve.fit.CPU_GRAM_ROWS", 7)
-    cut = fit_head(one.parts, [one.rows()], torch.arange(40), 10, CompactSettings())
+    cut = one.fit(one.rows(), torch.arange(40), 10)
     assert torch.equal(whole.kept, cut.kept)
     torch.testing.assert_close(whole.biases, cut.biases, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(whole.values, cut.values, atol=1e-2, rtol=1e-2)
@@ -364,12 +515,12 @@ def test_curves_keep_the_gram_matrix_of_the_kept_keys_in_their_order() -> None:
     rows = one.rows(2.0)
     kept_lse = rows.lse.double().flatten().unsqueeze(-1)
     for count in (12, 40):
-        fit = fit_head(one.parts, [rows], order, count, CompactSettings(keep_curves=True))
+        fit = one.fit(rows, order, count, CompactSettings(keep_curves=True))
         assert fit.gram is not None
         keys = one.document_keys[fit.kept].double()
         shares = (one.queries.flatten(0, 1).double() @ keys.T - kept_lse).exp()
         torch.testing.assert_close(fit.gram, 4.0 * shares.T @ shares, atol=1e-4, rtol=1e-3)
-    assert fit_head(one.parts, [rows], order, 12, CompactSettings()).gram is None
+    assert one.fit(rows, order, 12).gram is None
 
 
 def test_keys_at_the_lower_bound_give_their_slot_to_the_next() -> None:
@@ -379,11 +530,107 @@ def test_keys_at_the_lower_bound_give_their_slot_to_the_next() -> None:
     useful[:100], useless[100:] = 0.0, 0.0  # the useless are seen only where the document has no mass
     columns = torch.cat([useless, useful], dim=1)  # the ranking wrongly puts the useless first
     target = columns[:, 3:] @ torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
-    chosen, solution, converged = choose_biases(columns.T @ columns, columns.T @ target, 6, CompactSettings())
-    assert converged
-    assert sorted(chosen.tolist()) == [3, 4, 5, 6, 7, 8]
-    expected = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)[chosen - 3]
-    torch.testing.assert_close(solution, expected, atol=0.05, rtol=0)
+    gram, rhs = columns.T @ columns, columns.T @ target
+    chosen, solution, converged = choose_biases(gram[None], rhs[None], [6], [9], CompactSettings())
+    assert bool(converged)
+    assert sorted(chosen[0].tolist()) == [3, 4, 5, 6, 7, 8]
+    torch.testing.assert_close(solution[0], chosen[0] - 2.0, check_dtype=False, atol=0.05, rtol=0)
+    grams, rights = torch.stack([gram, gram.flip(0, 1), gram]), torch.stack([rhs, rhs.flip(0), rhs])
+    counts, reserves = [6, 4, 5], [9, 9, 6]  # the second has nothing to refill, the last has one key to refill with
+    chosen, solution, converged = choose_biases(grams, rights, counts, reserves, CompactSettings())
+    assert converged.tolist() == [True] * 3
+    assert sorted(chosen[0].tolist()) == [3, 4, 5, 6, 7, 8]
+    torch.testing.assert_close(solution[0], chosen[0] - 2.0, check_dtype=False, atol=0.05, rtol=0)
+    assert chosen[1, :4].tolist() == [0, 1, 2, 3] and sorted(chosen[2, :5].tolist()) == [1, 2, 3, 4, 5]
+
+
+# ---------------------------------------------------------------- some heads as one batch
+
+
+def layer_of(cases: list[Case], stops: torch.Tensor | None = None) -> tuple[LayerKeys, Rows]:
+    """Return keys and rows of heads side by side."""
+    keys, values = (torch.stack([getattr(one, f"document_{name}") for one in cases]) for name in ("keys", "values"))
+    rows = [one.rows(1.0 + 0.5 * i) for i, one in enumerate(cases)]
+    names = ("queries", "root_weights", "lse", "near_share", "near", "out")
+    joined = {name: torch.cat([getattr(part, name) for part in rows]) for name in names}
+    return LayerKeys(keys, values, torch.float32), replace(rows[0], **joined, document_stop=stops)
+
+
+def one_batch(lengths: dict[int, int], _num_rows: int, _device: torch.device) -> list[list[int]]:
+    return [sorted(lengths)]
+
+
+@pytest.mark.parametrize("kind", ["float32", "half", "later keys hidden"])
+def test_heads_fitted_together_are_those_fitted_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 9, 25, 3 and all 40 keys; the third is not between neighbours, so that rows are gathered."""
+    stops = torch.arange(96) % 30 + 12 if kind == "later keys hidden" else None
+    keys, rows = layer_of([case(40, seed=seed) for seed in range(4)], stops)
+    if kind == "half":
+        monkeypatch.setattr(attention, "is_fast", lambda query: query.dtype in (torch.float16, torch.bfloat16))
+        for module in (attention, gram_module):
+            monkeypatch.setattr(module, "half_product", product)
+        rows = replace(rows, queries=rows.queries.bfloat16())
+        keys = replace(keys, storage_dtype=torch.bfloat16)
+    monkeypatch.setattr("compactor.solve.gram.DROPPED_ENERGY", 0.0)
+    order = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(i)) for i in range(4)])
+    for counts, settings in (
+        ([9, 40, 25, 3], CompactSettings()),
+        ([9, 25, 3, 40], CompactSettings(keep_curves=True, ridge=1e-3)),
+    ):
+        monkeypatch.setattr(fit_module, "head_batches", head_batches)
+        alone = fit_heads(keys, [rows, rows], order, counts, settings)
+        out = fitted_outputs(rows, alone, torch.float32)
+        monkeypatch.setattr(fit_module, "head_batches", one_batch)
+        together = fit_heads(keys, [rows, rows], order, counts, settings)
+        torch.testing.assert_close(fitted_outputs(rows, alone, torch.float32), out, atol=1e-4, rtol=1e-4)
+        for one, other, count in zip(alone, together, counts, strict=True):
+            assert torch.equal(one.kept, other.kept) and len(one.kept) == count
+            assert one.converged and other.converged and one.ridge == other.ridge
+            torch.testing.assert_close(one.biases, other.biases, atol=2e-3, rtol=0)
+            torch.testing.assert_close(one.values, other.values, atol=1e-2, rtol=1e-2)
+            assert torch.equal(one.keys, other.keys)
+            for name in ("squared_error", "unfitted_error", "energy"):
+                assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-3)
+            if settings.keep_curves:
+                assert one.gram is not None and other.gram is not None
+                torch.testing.assert_close(one.gram, other.gram, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_of_heads_waits_for_the_device_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, rows = layer_of([case(40, seed=seed) for seed in range(3)])
+    order = torch.arange(40).repeat(3, 1)
+    monkeypatch.setattr(fit_module, "head_batches", one_batch)
+    with Waits() as waits:
+        fit_heads(keys, [rows], order, [9, 12, 7], CompactSettings())
+    assert waits.count <= 20
+
+
+def test_a_head_without_a_finite_fit_is_named_also_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, rows = layer_of([case(40, seed=seed) for seed in range(3)])
+    rows.out[1, 0, 7] = torch.nan
+    named = PackedLayer(random_layer(43), pack([Segment((1,), "repeat")], 43), 43, lambda _n: None).naming
+    for batches in (head_batches, one_batch):
+        monkeypatch.setattr(fit_module, "head_batches", batches)
+        with pytest.raises(NumericalError, match=r"^Layer -1, KV head 1: Numbers of the fit are not finite; take"):
+            fit_heads(keys, [rows], torch.arange(40).repeat(3, 1), [9, 12, 7], CompactSettings(), named)
+
+
+def test_batches_waste_at_most_half_and_hold_no_more_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, lengths = torch.device("cuda"), {0: 100, 1: 1000, 2: 90, 4: 950, 5: 20, 7: 640}
+    monkeypatch.setattr(attention, "block_elements", lambda device: 1 << 28)
+    assert head_batches(lengths, 1000, gpu) == [[0, 1, 2, 4, 5, 7]]  # little work in all
+    many = head_batches(lengths, 100_000, gpu)
+    assert many == [[0, 1, 4, 7], [2, 5]]
+    for rows in (1000, 100_000, 10_000_000):
+        batches = head_batches(lengths, rows, gpu)
+        assert sorted(head for batch in batches for head in batch) == sorted(lengths)
+        for batch in batches:
+            padded = len(batch) * max(lengths[i] for i in batch) ** 2
+            assert sum(lengths[i] ** 2 for i in batch) >= 0.5 * padded or padded * rows <= 1 << 36
+    monkeypatch.setattr(attention, "block_elements", lambda device: 16 * 1000**2)
+    assert head_batches(lengths, 1000, gpu) == [[1, 4], [0, 2, 5, 7]]
+    assert head_batches(lengths, 1000, torch.device("cpu")) == [[1], [4], [7], [0], [2], [5]]
+    assert head_batches({}, 1000, gpu) == []
 
 
 # ---------------------------------------------------------------- one layer
@@ -489,5 +736,6 @@ def test_a_document_of_one_span_has_no_context_rows() -> None:
     full = random_layer(3 + 14)
     rows = context_rows(full, inputs_of(14, [5, 5]), torch.randn(4, 14, 8), 0.4)
     assert rows.lse.shape == (2, 2, 0)
-    fit = fit_head(HeadKeys(full.values[3:17], full.keys[3:17]), [rows.head(0)], torch.arange(14), 5, CompactSettings())
+    keys = LayerKeys(full.keys[None, 3:17], full.values[None, 3:17], torch.float32)
+    (fit,) = fit_heads(keys, [rows.head(0)], torch.arange(14)[None], [5], CompactSettings())
     assert not fit.biases.any() and torch.equal(fit.values, full.values[3:8])

@@ -26,22 +26,12 @@ from compactor.methods.attention_matching_rms import RmsLayer
 from compactor.packed import ExactRows, Packed
 from compactor.solve.budget import allocate
 from compactor.solve.chunk_grams import ChunkGrams, add_diagonal, add_rows
-from compactor.solve.fit import (
-    HeadFit,
-    HeadKeys,
-    Rows,
-    assemble,
-    fit_head,
-    fit_head_values,
-    held_out_rows,
-    refine_heads,
-)
+from compactor.solve.fit import LayerKeys, Rows, assemble, choose_heads, held_out_rows, refine_heads, refit_heads
 from compactor.solve.refine import Refiner
 from compactor.solve.select import LayerCurves, greedy_curves
 from compactor.types import LayerCache
 
 STAGES = ("exact", "gram", "greedy", "allocate", "biases", "values", "refine")
-FIT, VALUES_AGAIN = "fit", "values again"  # what is measured; biases are the fit without its values
 
 
 @dataclass(frozen=True)
@@ -94,10 +84,7 @@ def solve_ours(
         _fit_layer(layer, own, one.order, chosen.tolist(), clock, refiner)
         for layer, own, one, chosen in zip(layers, rows, curves, counts, strict=True)
     ]
-    values_s = clock.seconds.pop(VALUES_AGAIN)
-    fit_s = clock.seconds.pop(FIT)
-    seconds = {**clock.seconds, "biases": max(0.0, fit_s - values_s), "values": min(values_s, fit_s)}
-    return Solved(fitted, counts, {name: seconds[name] for name in STAGES if name in seconds})
+    return Solved(fitted, counts, {name: clock.seconds[name] for name in STAGES if name in clock.seconds})
 
 
 def _order_keys(
@@ -159,24 +146,19 @@ def _fit_layer(
     clock: Stages,
     refiner: Refiner | None,
 ) -> LayerCache:
-    """Fit all heads. Values are fitted once more, to know what part of the fit they are."""
+    """Fit all heads."""
     settings, dtype = CompactSettings(), layer.queries.dtype
     full_keys, full_values = (part[0] for part in dense_heads(layer.full))
-    heads: list[HeadFit] = []
-    with clock.stage(FIT):
-        parts = [HeadKeys(values.float(), keys.float()) for keys, values in zip(full_keys, full_values, strict=True)]
-        for head, count in enumerate(counts):
-            heads.append(fit_head(parts[head], [rows.head(head)], order[head], count, settings))
-    refined = heads
+    keys = LayerKeys(full_keys, full_values, dtype)
+    with clock.stage("biases"):
+        chosen = choose_heads(keys, [rows], order, counts, settings)
+    with clock.stage("values"):
+        heads = refit_heads(keys, [rows], chosen, settings.ridge)
     if refiner is not None:
         with clock.stage("refine"):
-            refined = refine_heads(heads, [rows], refiner, num_document=layer.full.head_lengths[0])
-    with clock.stage(FIT):
-        fitted = assemble(layer.full, refined, 0, dtype)
-    with clock.stage(VALUES_AGAIN):
-        for head, fit in enumerate(heads):
-            fit_head_values(parts[head], [rows.head(head)], fit.kept, fit.biases, settings.ridge)
-    return fitted
+            heads = refine_heads(heads, [rows], refiner, num_document=keys.num_document)
+    with clock.stage("values"):
+        return assemble(layer.full, heads, 0, dtype)
 
 
 def solve_published(layer: SyntheticLayer, keep: int, name: str) -> LayerCache:

@@ -202,7 +202,7 @@ def stage_work(
     Rows n, keys T in chunks of C, picks K per chunk, head size d, c keys kept in a head: scores and outputs of the full
     layer 4 n T d; scores once more and the Gram matrices 2 n T (d + C); in a chunk G T, the columns of the factor and
     what they take from targets and energies 2 C^2 (d + 1) + C K^2 + 4 C K (d + 1); biases 2 n c (d + c); values
-    2 n c (3 d + c); a step of the refinement on r rows 10 r c d. The bytes are those of queries, keys, values and
+    2 n c (3 d + c); a step of the refinement on r rows 12 r c d. The bytes are those of queries, keys, values and
     outputs, and of the Gram matrices.
     """
     heads, keys, rows, head_dim = settings.heads, settings.keys, settings.rows, settings.head_dim
@@ -225,4 +225,4 @@ def stage_work(
         "values": Work(2.0 * rows * (3 * kept * head_dim + kept_squared), half),
     }
     seen = min(rows, ROWS if half != "float32" else CPU_ROWS)
-    return work | {"refine": Work(10.0 * refine_steps * seen * kept * head_dim, half)} if refine_steps else work
+    return work | {"refine": Work(12.0 * refine_steps * seen * kept * head_dim, half)} if refine_steps else work

@@ -135,7 +135,30 @@ def _attention() -> Finding:
         return Finding(
             "attention", "PyTorch, because triton is not installed", "note", "pip install 'kv-compactor[gpu]'"
         )
-    return Finding("attention", f"Triton {triton} kernels, because there is a CUDA GPU")
+    failures = _kernel_failures()
+    if failures:
+        told = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        return Finding(
+            "attention",
+            f"PyTorch in place of {len(failures)} of Triton {triton}'s kernels ({told})",
+            "note",
+            "another version of triton may compile them",
+        )
+    return Finding("attention", f"Triton {triton} kernels, all as exact as PyTorch on this GPU")
+
+
+def _kernel_failures() -> dict[str, str]:
+    """Try every kernel on the GPU, at the commonest head size; return what is wrong by its name."""
+    import torch
+
+    from compactor.attention import kernel_available
+    from compactor.kernel_trial import TRIALS, failure
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not kernel_available(device):
+        return dict.fromkeys(TRIALS, "the GPU is older than Ampere")
+    found = {name: failure(name, device, torch.bfloat16, 128) for name in TRIALS}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def _cache_folder() -> Finding:

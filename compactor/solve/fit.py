@@ -11,26 +11,31 @@ keys:
 
     lse' = log(exp(near_lse) + sum over kept j of exp(s q_i.k_j + beta_j))
     out'_i = exp(near_lse - lse') near_i + sum over kept j of exp(s q_i.k_j + beta_j - lse') v'_j
+
+On a GPU heads of similar length are fitted as one batch (`head_batches`), padded to the longest with keys of bias -inf;
+elsewhere each head alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from compactor import attention
 from compactor.attach import dense_heads
 from compactor.config import CompactSettings
 from compactor.packed import Packed, PackedLayer, exact_rows
 from compactor.prefill import context_spans
-from compactor.solve.biases import require_finite, solve_box_nnls
-from compactor.solve.gram import GramSum, energy_of
+from compactor.solve.biases import not_finite, require_finite, solve_box_nnls_batched
+from compactor.solve.gram import GramSum, as_sum, energies_of
 from compactor.solve.refine import HeadKeyValues, Refiner
 from compactor.solve.shrink import HeadCurve, chunk_blocks
-from compactor.solve.values import RidgeStats, ValueFit, fit_values
+from compactor.solve.values import ValueFit, fit_values
 from compactor.types import Advance, LayerCache
 
 HELD_OUT_SPAN, HELD_OUT_EVERY = 32, 5  # one span of 32 rows in five chooses the ridge
@@ -41,6 +46,12 @@ RESERVE_FRACTION, RESERVE_LEAST, RESERVE_MOST = 0.125, 8, 128  # candidates beyo
 BIAS_TOLERANCE = 1e-6  # stopping test of the biases; the data are float32
 CPU_GRAM_ROWS = 512  # query positions of one Gram block on a CPU: few enough that they look at some of the keys only
 AT_FLOOR = 1.0 + 1e-6
+SMALL = 1 << 36  # multiplications of a batch's Gram matrices below which heads of all lengths share it
+LEAST_FILLED = 0.5  # of the Gram matrices of a larger one
+
+Heads = slice | torch.Tensor  # which KV heads: a range of them, or their int64 indices
+Naming = Callable[[int], AbstractContextManager[None]]  # puts the name of a KV head before an error raised inside
+ALL_HEADS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -80,52 +91,99 @@ class HeadFit:
 
 @dataclass(frozen=True)
 class Rows:
-    """Reference rows of one KV head (or, with a leading dimension, of all) and their exact attention."""
+    """Reference rows of some KV heads and their exact attention."""
 
-    queries: torch.Tensor  # (group, num_rows, head_dim), the model's type
+    queries: torch.Tensor  # (num_heads, group, num_rows, head_dim), the model's type
     scaling: float
-    root_weights: torch.Tensor  # (group, num_rows) float32: square roots of the row weights
-    lse: torch.Tensor  # (group, num_rows) float32: over prefix, document and local keys
-    near_share: torch.Tensor  # (group, num_rows) float32: logarithm of the attention on prefix and local keys
-    near: torch.Tensor  # (group, num_rows, head_dim) float32: their output, normalised among themselves
-    out: torch.Tensor  # (group, num_rows, head_dim) float32: the whole output
+    root_weights: torch.Tensor  # (num_heads, group, num_rows) float32: square roots of the row weights
+    lse: torch.Tensor  # (num_heads, group, num_rows) float32: over prefix, document and local keys
+    near_share: torch.Tensor  # (num_heads, group, num_rows) float32: logarithm of the attention on prefix, local keys
+    near: torch.Tensor  # (num_heads, group, num_rows, head_dim) float32: their output, normalised among themselves
+    out: torch.Tensor  # (num_heads, group, num_rows, head_dim) float32: the whole output
     held_out: torch.Tensor  # (num_rows,) bool: chooses the ridge instead of being fitted
     document_stop: torch.Tensor | None = None  # (num_rows,) int64: document keys that the row sees; None is all
 
     def head(self, index: int) -> Rows:
-        """Return the rows of one KV head."""
+        """Return the rows of one KV head, which keep their leading dimension."""
         own = {
-            name: getattr(self, name)[index] for name in ("queries", "root_weights", "lse", "near_share", "near", "out")
+            name: getattr(self, name)[index : index + 1]
+            for name in ("queries", "root_weights", "lse", "near_share", "near", "out")
         }
         return replace(self, **own)
 
-    def blocks(self, num_columns: int) -> Iterator[Rows]:
-        """Cut the rows such that ``num_columns`` scores a row stay within the device's block size; each block has its
-        group flattened into the rows: (1, group * rows, ...)."""
-        device, (group, num_rows, _) = self.queries.device, self.queries.shape
-        most = CPU_GRAM_ROWS if device.type == "cpu" else num_rows
-        step = max(1, min(most, attention.block_elements(device) // (group * max(1, num_columns))))
-        for start in range(0, num_rows, step):
-            rows = slice(start, min(start + step, num_rows))
-            yield Rows(
-                self.queries[:, rows].flatten(0, 1).unsqueeze(0),
-                self.scaling,
-                self.root_weights[:, rows].reshape(1, -1),
-                self.lse[:, rows].reshape(1, -1),
-                self.near_share[:, rows].reshape(1, -1),
-                self.near[:, rows].flatten(0, 1).unsqueeze(0),
-                self.out[:, rows].flatten(0, 1).unsqueeze(0),
-                self.held_out[rows].repeat(group),
-                None if self.document_stop is None else self.document_stop[rows].repeat(group),
-            )
+    def blocks(self, num_columns: int, heads: Heads = ALL_HEADS, chosen: torch.Tensor | None = None) -> Iterator[Block]:
+        """Cut the rows of some heads, all or the ``chosen`` (int64), such that ``num_columns`` scores a row of a head
+        stay within the device's block size."""
+        device, (num_all, group, num_rows) = self.lse.device, self.lse.shape
+        num_heads = len(range(num_all)[heads]) if isinstance(heads, slice) else len(heads)
+        count = num_rows if chosen is None else len(chosen)
+        most = -(-CPU_GRAM_ROWS * count // max(1, num_rows)) if device.type == "cpu" else count
+        step = max(1, min(most, attention.block_elements(device) // (num_heads * group * max(1, num_columns))))
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            yield self._block(heads, rows if chosen is None else chosen[rows])
+
+    def _block(self, heads: Heads, rows: slice | torch.Tensor) -> Block:
+        def cut(part: torch.Tensor) -> torch.Tensor:
+            own = part[heads][:, :, rows] if isinstance(heads, slice) else part[:, :, rows][heads]
+            return own.flatten(1, 2)
+
+        whole = (self.queries, self.root_weights, self.lse, self.near_share, self.near, self.out)
+        queries, roots, lse, near_share, near, out = map(cut, whole)
+        stops = None if self.document_stop is None else self.document_stop[rows].repeat(self.lse.shape[1])
+        return Block(queries, self.scaling, roots, lse, near_share, near, out, stops)
 
 
 @dataclass(frozen=True)
-class HeadKeys:
-    """Document keys and values of one KV head, float32; the keys as the file will hold them."""
+class Block:
+    """Some rows of some KV heads; the group of query heads is flattened into the rows. See `Rows`."""
 
-    values: torch.Tensor  # (num_document, head_dim)
-    stored_keys: torch.Tensor  # (num_document, head_dim): rounded to the storage type
+    queries: torch.Tensor  # (num_heads, num_rows, head_dim)
+    scaling: float
+    root_weights: torch.Tensor  # (num_heads, num_rows)
+    lse: torch.Tensor
+    near_share: torch.Tensor
+    near: torch.Tensor  # (num_heads, num_rows, head_dim)
+    out: torch.Tensor
+    document_stop: torch.Tensor | None  # (num_rows,)
+
+
+@dataclass(frozen=True)
+class LayerKeys:
+    """Document keys and values of all KV heads."""
+
+    keys: torch.Tensor  # (num_kv_heads, num_document, head_dim)
+    values: torch.Tensor  # (num_kv_heads, num_document, head_dim)
+    storage_dtype: torch.dtype
+
+    @property
+    def num_document(self) -> int:
+        """Number of document keys of a head."""
+        return self.keys.shape[1]
+
+    def keys_at(self, members: list[int], positions: torch.Tensor) -> torch.Tensor:
+        """Return keys of some heads at positions (num_heads, n), as the file will hold them: (num_heads, n, head_dim)
+        float32."""
+        return _take(self.keys, members, positions).to(self.storage_dtype).float()
+
+    def values_at(self, members: list[int], positions: torch.Tensor) -> torch.Tensor:
+        """Return values of some heads at positions (num_heads, n): (num_heads, n, head_dim) float32."""
+        return _take(self.values, members, positions).float()
+
+
+@dataclass(frozen=True)
+class KeptKeys:
+    """The chosen document keys of a batch of heads and their biases, padded to the head that keeps most."""
+
+    members: list[int]  # the KV heads
+    counts: list[int]  # keys of each
+    sizes: torch.Tensor  # the same, (num_heads,) int64 on the device
+    positions: torch.Tensor  # (num_heads, most) int64, document-relative, increasing; any in the padding
+    keys: torch.Tensor  # (num_heads, most, head_dim) float32, as the file will hold them
+    biases: torch.Tensor  # (num_heads, most) float32, -inf in the padding
+    converged: torch.Tensor  # (num_heads,) bool
+    energy: torch.Tensor  # (num_heads,) float64: weighted squared norm of the true attention output
+    grams: list[torch.Tensor] | None  # see `HeadFit.gram`
 
 
 class FitLayer(PackedLayer):
@@ -144,32 +202,36 @@ class FitLayer(PackedLayer):
     ) -> torch.Tensor:
         """Fit every KV head, then attend over the compacted layer; see `PackedLayer.attend_packed` for shapes."""
         inputs, prefix = self.inputs, self.inputs.prefix_length
-        full_keys, full_values = (part[0, :, prefix:] for part in dense_heads(self.full))
+        own_keys, own_values = (part[0, :, prefix:] for part in dense_heads(self.full))
+        document = LayerKeys(own_keys, own_values, inputs.storage_dtype)
         rows = [segment_rows(self, inputs, queries, keys, values, scaling)]
         if inputs.context_queries is not None:
             rows.append(context_rows(self.full, inputs, inputs.context_queries, scaling))
-        heads = []
-        for head in range(keys.shape[0]):
-            parts = HeadKeys(full_values[head].float(), full_keys[head].to(inputs.storage_dtype).float())
-            own = [part.head(head) for part in rows]
-            with self.naming(head):
-                heads.append(fit_head(parts, own, inputs.order[head], inputs.counts[head], inputs.settings))
-                require_finite(heads[-1].biases, heads[-1].values)
+        heads = fit_heads(document, rows, inputs.order, inputs.counts, inputs.settings, self.naming)
         if inputs.refiner is not None:
-            heads = refine_heads(heads, rows, inputs.refiner, num_document=inputs.order.shape[1])
-        self.heads, outputs = [], []
-        for head, fit in enumerate(heads):
-            own = [part.head(head) for part in rows]
-            stored_keys, stored_values = (part.to(inputs.storage_dtype).float() for part in (fit.keys, fit.values))
-            outs = [fitted_output(part, stored_keys, stored_values, fit.biases, fit.kept) for part in own]
-            outputs.append(outs[0])
-            if inputs.refiner is not None and len(fit.kept) < inputs.order.shape[1]:
-                fit = replace(fit, squared_error=sum(map(squared_error, own, outs)))
-                if inputs.settings.keep_curves:
-                    fit = replace(fit, gram=gram_of(own, stored_keys, fit.kept))
-            self.heads.append(self._with_curve(head, fit))
+            heads = refine_heads(heads, rows, inputs.refiner, document.num_document)
+        out = fitted_outputs(rows[0], heads, inputs.storage_dtype)
+        if inputs.refiner is not None:
+            heads = self._measured_again(heads, rows, out)
+        self.heads = [self._with_curve(head, fit) for head, fit in enumerate(heads)]
         self.fitted = assemble(self.full, self.heads, prefix, inputs.storage_dtype)
-        return torch.stack(outputs).view(queries.shape)
+        return out.view(queries.shape)
+
+    def _measured_again(self, heads: list[HeadFit], rows: list[Rows], out: torch.Tensor) -> list[HeadFit]:
+        """Return refined heads with their errors and Gram matrices; ``out`` is what they make of the first rows."""
+        inputs = self.inputs
+        errors = squared_errors(rows[0], out)
+        for part in rows[1:]:
+            errors += squared_errors(part, fitted_outputs(part, heads, inputs.storage_dtype))
+        result = []
+        for head, (fit, error) in enumerate(zip(heads, errors.tolist(), strict=True)):
+            if len(fit.kept) < inputs.order.shape[1]:
+                fit = replace(fit, squared_error=error)
+                if inputs.settings.keep_curves:
+                    stored = fit.keys.to(inputs.storage_dtype).float()
+                    fit = replace(fit, gram=gram_of([part.head(head) for part in rows], stored, fit.kept))
+            result.append(fit)
+        return result
 
     def _with_curve(self, head: int, fit: HeadFit) -> HeadFit:
         """Replace the Gram matrix by its chunk blocks, which are all that is kept of it."""
@@ -194,19 +256,25 @@ def refine_heads(heads: list[HeadFit], rows: list[Rows], refiner: Refiner, num_d
 
 
 def squared_error(rows: Rows, output: torch.Tensor) -> float:
-    """Return the weighted squared distance of outputs (group, num_rows, head_dim) from the exact ones."""
-    return energy_of((output - rows.out) * rows.root_weights.unsqueeze(-1))
+    """Return the weighted squared distance of outputs (num_heads, group, num_rows, head_dim) from the exact ones."""
+    return float(squared_errors(rows, output).sum())
+
+
+def squared_errors(rows: Rows, output: torch.Tensor) -> torch.Tensor:
+    """Return the same of each head, (num_heads,)."""
+    parts = zip(output, rows.out, rows.root_weights, strict=True)
+    return torch.cat([energies_of(((made - exact) * roots.unsqueeze(-1))[None]) for made, exact, roots in parts])
 
 
 def gram_of(parts: list[Rows], stored_keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Return sum of w A_i A_i^T over all rows, A_i the attention to the kept keys without biases, float64."""
-    sums = GramSum(len(kept), 1, solve_device(stored_keys.device))
+    """Return sum of w A_i A_i^T over all rows of one head, float64; A_i: attention to the kept keys without biases."""
+    sums = GramSum(1, len(kept), 1, solve_device(stored_keys.device))
     for rows in parts:
         for block in rows.blocks(len(kept)):
             roots = block.root_weights.unsqueeze(-1)
             shares = kept_attention(block, stored_keys, kept)
-            sums.add((shares * roots.to(shares.dtype))[0], torch.zeros_like(roots)[0])
-    return sums.gram
+            sums.add(shares * roots.to(shares.dtype), torch.zeros_like(roots))
+    return sums.gram[0]
 
 
 def curve_of(fit: HeadFit, gains: torch.Tensor, inputs: FitInputs) -> HeadCurve:
@@ -279,100 +347,244 @@ def held_out_rows(count: int, device: torch.device) -> torch.Tensor:
     return spans % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def fit_head(keys: HeadKeys, parts: list[Rows], order: torch.Tensor, count: int, settings: CompactSettings) -> HeadFit:
-    """Choose, bias and refit ``count`` document keys of one KV head; ``order`` ranks all of them, best first."""
-    num_document = keys.values.shape[0]
-    device = keys.values.device
-    if count >= num_document and not settings.keep_curves:
-        everything = torch.arange(num_document, device=device)
-        zero = torch.zeros(num_document, device=device)
-        return HeadFit(everything, keys.stored_keys, zero, keys.values, 0.0, True, 0.0, 0.0, 0.0)
-    reserve = min(num_document, count + min(RESERVE_MOST, max(RESERVE_LEAST, int(RESERVE_FRACTION * count))))
-    candidates = order[:reserve].to(device)
-    sums = GramSum(reserve, 1, solve_device(device))
-    energy = 0.0
-    for rows in parts:
-        for block in rows.blocks(reserve):
-            roots = block.root_weights.unsqueeze(-1)
-            shares = kept_attention(block, keys.stored_keys[candidates], candidates)
-            mass = -torch.expm1(block.near_share.unsqueeze(-1))  # 1 - the attention on prefix and local keys
-            sums.add((shares * roots.to(shares.dtype))[0], (mass * roots)[0])
-        energy += energy_of(rows.out * rows.root_weights.unsqueeze(-1))
-    chosen, scale, converged = choose_biases(sums.gram, sums.rhs[:, 0], count, settings)
-    by_position = candidates[chosen.to(device)].sort()
-    kept = by_position.values
-    biases = scale.log().float().to(device)[by_position.indices]
-    gram = None
-    if settings.keep_curves:
-        sorted_ = chosen[by_position.indices.to(chosen.device)]
-        gram = sums.gram[sorted_][:, sorted_]
-    fit = fit_head_values(keys, parts, kept, biases, settings.ridge)
-    values = keys.values[kept] + fit.change.float().to(device)
-    errors = fit.error_after, fit.error_before
-    return HeadFit(kept, keys.stored_keys[kept], biases, values, fit.ridge, converged, *errors, energy, gram)
+def unnamed(_head: int) -> AbstractContextManager[None]:
+    """Leave errors as they are."""
+    return nullcontext()
 
 
-def choose_biases(
-    gram: torch.Tensor, rhs: torch.Tensor, count: int, settings: CompactSettings
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Solve the biases of the first ``count`` candidates; a key at the lower bound gives its slot to the next one.
+def fit_heads(
+    keys: LayerKeys,
+    parts: Sequence[Rows],
+    order: torch.Tensor,
+    counts: Sequence[int],
+    settings: CompactSettings,
+    naming: Naming = unnamed,
+) -> list[HeadFit]:
+    """Choose, bias and refit the document keys of all KV heads.
 
-    gram, rhs: over all candidates in ranking order. Returns indices into the candidates, b = exp(bias) of each, and
-    whether the solver converged.
+    ``parts``: rows of all heads; ``order`` (num_kv_heads, num_document) int64 ranks the keys of each, best first;
+    ``counts``: how many each keeps. Raises NumericalError, named by ``naming``, where a head has no finite fit.
     """
-    low, high = math.exp(settings.min_log_bias), math.exp(settings.max_log_bias)
-    prior = BIAS_PRIOR * gram.diagonal()
-    gram, rhs = gram + torch.diag(prior), rhs + prior
-    chosen = torch.arange(count, device=gram.device)
-    following = count
-    solution = torch.ones(count, dtype=torch.float64, device=gram.device)
-    for round_ in range(REFILLS + 1):
-        fit = solve_box_nnls(
-            gram[chosen][:, chosen], rhs[chosen], lower=low, upper=high, start=solution, tolerance=BIAS_TOLERANCE
+    return refit_heads(keys, parts, choose_heads(keys, parts, order, counts, settings), settings.ridge, naming)
+
+
+def choose_heads(
+    keys: LayerKeys, parts: Sequence[Rows], order: torch.Tensor, counts: Sequence[int], settings: CompactSettings
+) -> list[KeptKeys]:
+    """Choose and bias the keys of all KV heads, batch by batch; heads that keep every key are in none. See
+    `fit_heads`."""
+    members = [i for i, count in enumerate(counts) if count < keys.num_document or settings.keep_curves]
+    num_rows = sum(part.lse.shape[1] * part.lse.shape[2] for part in parts)
+    lengths = {i: with_reserve(counts[i], keys.num_document) for i in members}
+    batches = head_batches(lengths, num_rows, keys.keys.device)
+    return [choose_keys(keys, parts, order, batch, [counts[i] for i in batch], settings) for batch in batches]
+
+
+def refit_heads(
+    keys: LayerKeys,
+    parts: Sequence[Rows],
+    batches: Sequence[KeptKeys],
+    ridge: float | None,
+    naming: Naming = unnamed,
+) -> list[HeadFit]:
+    """Refit the values of the batches; heads that are in none keep every key as it is. See `fit_heads`."""
+    fits: dict[int, HeadFit] = {}
+    for kept in batches:
+        fits.update(
+            zip(kept.members, finish(keys, kept, fit_head_values(keys, parts, kept, ridge), naming), strict=True)
         )
-        solution = fit.solution
-        idle = solution <= low * AT_FLOOR
-        fresh = min(int(idle.sum()), gram.shape[0] - following)
-        if fresh <= WORTH_A_REFILL * count or round_ == REFILLS:
-            break
-        slots = idle.nonzero().squeeze(-1)[:fresh]
-        chosen[slots] = torch.arange(following, following + fresh, device=gram.device)
-        solution[slots] = 1.0
-        following += fresh
-    return chosen, solution, fit.converged
+    for head in range(len(keys.keys)):
+        if head not in fits:
+            fits[head] = whole_head(keys, head)
+            with naming(head):
+                require_finite(fits[head].values)
+    return [fits[head] for head in range(len(keys.keys))]
 
 
-def fit_head_values(
-    keys: HeadKeys, parts: list[Rows], kept: torch.Tensor, biases: torch.Tensor, ridge: float | None
-) -> ValueFit:
-    """Refit the values of the kept keys so that attention over the compacted head gives the true outputs."""
-    device = keys.values.device
-    train, held_out = (GramSum(len(kept), keys.values.shape[-1], solve_device(device)) for _ in range(2))
-    kept_keys, kept_values = keys.stored_keys[kept], keys.values[kept]
-    for rows in parts:
-        for block in rows.blocks(len(kept)):
-            shares, near_weights = fitted_attention(block, kept_keys, biases, kept)
-            missing = (
-                block.out - near_weights.unsqueeze(-1) * block.near - attention.multiply(shares, kept_values[None])
-            )
-            roots, aside = block.root_weights.unsqueeze(-1), block.held_out
-            shares, missing = (shares * roots.to(shares.dtype))[0], (missing * roots)[0]
-            for sums, member in ((train, ~aside), (held_out, aside)):
-                sums.add(shares[member], missing[member])
-    return fit_values(
-        RidgeStats(train.gram, train.rhs, train.energy),
-        RidgeStats(held_out.gram, held_out.rhs, held_out.energy),
-        ridge,
+def head_batches(lengths: dict[int, int], num_rows: int, device: torch.device) -> list[list[int]]:
+    """Split heads of some lengths into batches; the members of each increase.
+
+    Elsewhere than on a GPU each head is alone. There, the float64 Gram matrices of a batch take at most a quarter of the
+    memory of a block of scores, and unless a batch is `SMALL`, at least `LEAST_FILLED` of them is no padding.
+    """
+    result: list[list[int]] = []
+    longest = filled = 0
+    for head in sorted(lengths, key=lambda i: -lengths[i]):
+        length = lengths[head]
+        padded = (len(result[-1]) + 1) * longest**2 if result else 0
+        fits = device.type == "cuda" and 8 * padded <= attention.block_elements(device)
+        if result and fits and (padded * num_rows <= SMALL or filled + length**2 >= LEAST_FILLED * padded):
+            result[-1].append(head)
+            filled += length**2
+        else:
+            result.append([head])
+            longest, filled = length, length**2
+    return [sorted(batch) for batch in result]
+
+
+def with_reserve(count: int, num_document: int) -> int:
+    """Return how many of the ranking are looked at where ``count`` are kept."""
+    return min(num_document, count + min(RESERVE_MOST, max(RESERVE_LEAST, int(RESERVE_FRACTION * count))))
+
+
+def index_of(members: list[int], device: torch.device) -> Heads:
+    """Return KV heads as a slice where they are neighbours, so that nothing is copied; else as a tensor."""
+    if members == list(range(members[0], members[-1] + 1)):
+        return slice(members[0], members[-1] + 1)
+    return torch.tensor(members, device=device)
+
+
+def _take(part: torch.Tensor, members: list[int], positions: torch.Tensor) -> torch.Tensor:
+    """Return vectors of some heads at positions (num_heads, n) of ``part`` (num_kv_heads, num_document, head_dim)."""
+    if len(members) == 1:
+        return part[members[0]].index_select(0, positions[0])[None]
+    index = index_of(members, part.device)
+    if isinstance(index, slice):
+        index = torch.arange(index.start, index.stop, device=part.device)
+    return part[index.unsqueeze(-1), positions]
+
+
+def whole_head(keys: LayerKeys, head: int) -> HeadFit:
+    """Return a head that keeps every key as it is."""
+    everything = torch.arange(keys.num_document, device=keys.keys.device)
+    own_keys, own_values = (take([head], everything[None])[0] for take in (keys.keys_at, keys.values_at))
+    return HeadFit(
+        everything, own_keys, torch.zeros_like(everything, dtype=torch.float32), own_values, 0.0, True, 0.0, 0.0, 0.0
     )
 
 
-def fitted_attention(
-    rows: Rows, kept_keys: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return attention to the kept keys under the compacted normaliser, (group, rows, num_kept), and the attention that
-    is left to prefix and local keys together, (group, rows).
+def choose_keys(
+    keys: LayerKeys,
+    parts: Sequence[Rows],
+    order: torch.Tensor,
+    members: list[int],
+    counts: list[int],
+    settings: CompactSettings,
+) -> KeptKeys:
+    """Choose and bias the keys of one batch of heads; see `fit_heads`."""
+    device, most, num_document = keys.keys.device, max(counts), keys.num_document
+    reserves = [with_reserve(count, num_document) for count in counts]
+    heads = index_of(members, device)
+    candidates = order[:, : max(reserves)][members].to(device)
+    stored = keys.keys_at(members, candidates)
+    sums = GramSum(len(members), max(reserves), 1, solve_device(device))
+    energy = torch.zeros_like(sums.energy)
+    for rows in parts:
+        for block in rows.blocks(max(reserves), heads):
+            roots = block.root_weights.unsqueeze(-1)
+            shares = kept_attention(block, stored, candidates)
+            mass = -torch.expm1(block.near_share.unsqueeze(-1))  # 1 - the attention on prefix and local keys
+            sums.add(shares * roots.to(shares.dtype), mass * roots)
+            energy += as_sum(energies_of(block.out * roots), energy)
+    chosen, solution, converged = choose_biases(sums.gram, sums.rhs[..., 0], counts, reserves, settings)
+    sizes = torch.tensor(counts, device=device)
+    present = torch.arange(most, device=device) < sizes.unsqueeze(-1)
+    positions = candidates.gather(1, chosen.to(device)).masked_fill(~present, num_document)
+    positions, by_position = positions.sort()  # the padding stays behind
+    positions = positions.clamp_max(num_document - 1)
+    biases = solution.log().float().to(device).gather(1, by_position).masked_fill(~present, -math.inf)
+    grams = None
+    if settings.keep_curves:
+        ranks = chosen.gather(1, by_position.to(chosen.device))
+        grams = [gram[own[:n]][:, own[:n]] for gram, own, n in zip(sums.gram, ranks, counts, strict=True)]
+    own_keys = keys.keys_at(members, positions)
+    return KeptKeys(members, counts, sizes, positions, own_keys, biases, converged, energy, grams)
 
-    Taken in logarithms: a row that looked at one key which is not kept may have nothing else within range of a float.
+
+def choose_biases(
+    gram: torch.Tensor, rhs: torch.Tensor, counts: Sequence[int], reserves: Sequence[int], settings: CompactSettings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Solve the biases of each head's first candidates; a key at the lower bound gives its slot to the next one.
+
+    gram (num_heads, n, n), rhs (num_heads, n): over candidates in ranking order, of which a head takes ``counts`` and
+    may look at ``reserves``. Returns indices into the candidates and b = exp(bias) of each, both (num_heads, most), in
+    which a head's slots after its count mean nothing, and whether the solver converged, (num_heads,).
+    """
+    low, high = math.exp(settings.min_log_bias), math.exp(settings.max_log_bias)
+    prior = BIAS_PRIOR * gram.diagonal(dim1=-2, dim2=-1)
+    rhs = rhs + prior
+    following, last = torch.tensor([list(counts), list(reserves)], device=gram.device)
+    slots = torch.arange(max(counts), device=gram.device)
+    present = slots < following.unsqueeze(-1)
+    worth = WORTH_A_REFILL * following
+    chosen = slots.repeat(len(gram), 1)
+    solution = torch.ones(chosen.shape, dtype=torch.float64, device=gram.device)
+    for round_ in range(REFILLS + 1):
+        system = principal(gram, chosen)
+        system.diagonal(dim1=-2, dim2=-1).add_(prior.gather(1, chosen))
+        if len(gram) > 1:
+            system *= present.unsqueeze(-1) & present.unsqueeze(-2)
+        fit = solve_box_nnls_batched(
+            system, rhs.gather(1, chosen), lower=low, upper=high, start=solution, tolerance=BIAS_TOLERANCE
+        )
+        solution = fit.solution
+        idle = (solution <= low * AT_FLOOR) & present
+        fresh = torch.minimum(idle.sum(1), last - following)
+        fresh = torch.where(fresh > worth, fresh, 0).unsqueeze(-1)
+        if round_ == REFILLS or not bool(fresh.any()):
+            break
+        rank = idle.cumsum(1)
+        refilled = idle & (rank <= fresh)
+        chosen = torch.where(refilled, following.unsqueeze(-1) + rank - 1, chosen)
+        solution = torch.where(refilled, 1.0, solution)
+        following = following + fresh.squeeze(-1)
+    return chosen, solution, fit.converged
+
+
+def principal(gram: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the rows and columns ``index`` (num_heads, k) of each matrix (num_heads, n, n), copied."""
+    if len(gram) == 1:
+        return gram[0].index_select(0, index[0]).index_select(1, index[0])[None]
+    rows = gram.gather(1, index.unsqueeze(-1).expand(-1, -1, gram.shape[-1]))
+    return rows.gather(2, index.unsqueeze(1).expand(-1, index.shape[1], -1))
+
+
+def fit_head_values(keys: LayerKeys, parts: Sequence[Rows], kept: KeptKeys, ridge: float | None) -> ValueFit:
+    """Refit the values of the kept keys so that attention over the compacted heads gives the true outputs."""
+    device, values = keys.keys.device, keys.values_at(kept.members, kept.positions)
+    (num_heads, most, head_dim), heads = values.shape, index_of(kept.members, device)
+    train, held_out = (GramSum(num_heads, most, head_dim, solve_device(device)) for _ in range(2))
+    for rows in parts:
+        for sums, member in ((train, ~rows.held_out), (held_out, rows.held_out)):
+            for block in rows.blocks(most, heads, member.nonzero().squeeze(-1)):
+                shares, near_weights = fitted_attention(block, kept.keys, kept.biases, kept.positions)
+                missing = block.out - near_weights.unsqueeze(-1) * block.near - attention.multiply(shares, values)
+                roots = block.root_weights.unsqueeze(-1)
+                sums.add(shares * roots.to(shares.dtype), missing * roots)
+    return fit_values(train, held_out, kept.sizes.to(train.gram.device), ridge)
+
+
+def finish(keys: LayerKeys, kept: KeptKeys, fit: ValueFit, naming: Naming) -> list[HeadFit]:
+    """Cut a batch into its heads; the host waits for it once."""
+    device = keys.keys.device
+    values = keys.values_at(kept.members, kept.positions) + fit.change.float().to(device)
+    finite = torch.isfinite(values).flatten(1).all(1) & ~kept.biases.isnan().any(1)
+    numbers = (fit.ridge, fit.error_after, fit.error_before, kept.energy, kept.converged, finite)
+    figures = torch.stack([as_sum(one, fit.ridge) for one in numbers]).T.tolist()
+    result = []
+    for i, (head, n) in enumerate(zip(kept.members, kept.counts, strict=True)):
+        ridge, after, before, energy, converged, is_finite = figures[i]
+        if not is_finite:
+            with naming(head):
+                raise not_finite()
+        parts = (kept.positions, kept.keys, kept.biases, values)
+        positions, own_keys, biases, own_values = (
+            part[i] if n == part.shape[1] else part[i, :n].clone() for part in parts
+        )
+        gram = None if kept.grams is None else kept.grams[i]
+        errors = after, before, energy
+        result.append(HeadFit(positions, own_keys, biases, own_values, ridge, bool(converged), *errors, gram))
+    return result
+
+
+def fitted_attention(
+    rows: Block, kept_keys: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention to the kept keys under the compacted normaliser, (num_heads, rows, num_kept), and the attention
+    that is left to prefix and local keys together, (num_heads, rows).
+
+    kept_keys (num_heads, num_kept, head_dim), biases and kept (num_heads, num_kept), or all without heads. Taken in
+    logarithms: a row that looked at one key which is not kept may have nothing else within range of a float.
     """
     scores = attention.shifted_scores(rows.queries, *for_each(rows, kept_keys, biases), rows.scaling, -rows.lse)
     hide_later(scores, rows, kept, -math.inf)
@@ -382,22 +594,50 @@ def fitted_attention(
 
 
 def fitted_output(
-    rows: Rows, kept_keys: torch.Tensor, kept_values: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
+    rows: Rows,
+    kept_keys: torch.Tensor,
+    kept_values: torch.Tensor,
+    biases: torch.Tensor,
+    kept: torch.Tensor,
+    heads: Heads = ALL_HEADS,
 ) -> torch.Tensor:
-    """Return attention of rows over the compacted head: (group, num_rows, head_dim)."""
-    parts = []
-    for block in rows.blocks(len(biases)):
+    """Return attention of the rows of some heads over their compacted selves, (num_heads, group, num_rows, head_dim);
+    shapes as `fitted_attention`."""
+    out = torch.empty(rows.out[heads].shape, device=rows.out.device)
+    stop = 0
+    for block in rows.blocks(biases.shape[-1], heads):
         shares, near_weights = fitted_attention(block, kept_keys, biases, kept)
-        part = attention.multiply(shares, kept_values[None]) + near_weights.unsqueeze(-1) * block.near
-        parts.append(part.view(rows.out.shape[0], -1, rows.out.shape[-1]))
-    return torch.cat(parts, dim=1) if parts else torch.empty_like(rows.out)
+        part = attention.multiply(shares, for_each(block, kept_values, None)[0])
+        part += near_weights.unsqueeze(-1) * block.near
+        start, stop = stop, stop + part.shape[1] // out.shape[1]
+        out[:, :, start:stop] = part.view(len(out), out.shape[1], -1, out.shape[-1])
+    return out
 
 
-def kept_attention(rows: Rows, stored_keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def fitted_outputs(rows: Rows, heads: Sequence[HeadFit], dtype: torch.dtype) -> torch.Tensor:
+    """Return attention of all rows over all fitted heads, their keys and values rounded to ``dtype``; see
+    `fitted_output`."""
+    device, (_, group, num_rows) = rows.lse.device, rows.lse.shape
+    lengths = {i: len(fit.biases) for i, fit in enumerate(heads)}
+    out = torch.empty(rows.out.shape, device=device)
+    for members in head_batches(lengths, group * num_rows, device):
+        fits, index = [heads[i] for i in members], index_of(members, device)
+        keys, values = (pad([getattr(fit, name) for fit in fits]).to(dtype).float() for name in ("keys", "values"))
+        biases, kept = pad([fit.biases for fit in fits], -math.inf), pad([fit.kept for fit in fits])
+        out[index] = fitted_output(rows, keys, values, biases, kept, index)
+    return out
+
+
+def pad(parts: list[torch.Tensor], filling: float = 0.0) -> torch.Tensor:
+    """Return tensors of unlike length as one, (num_heads, longest, ...)."""
+    return parts[0][None] if len(parts) == 1 else pad_sequence(parts, batch_first=True, padding_value=filling)
+
+
+def kept_attention(rows: Block, stored_keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Attention of a block of rows to some document keys under the full normaliser.
 
-    stored_keys: (num_keys, head_dim); positions: (num_keys,) int64. Returns (group, rows, num_keys), float16 where
-    `attention.is_fast`, else float32.
+    stored_keys: (num_heads, num_keys, head_dim); positions: (num_heads, num_keys) int64; or both without heads. Returns
+    (num_heads, rows, num_keys), float16 where `attention.is_fast`, else float32.
     """
     keys, _ = for_each(rows, stored_keys, None)
     shares = attention.exponentials(rows.queries, keys, rows.scaling, -rows.lse)
@@ -405,16 +645,17 @@ def kept_attention(rows: Rows, stored_keys: torch.Tensor, positions: torch.Tenso
     return shares
 
 
-def for_each(rows: Rows, keys: torch.Tensor, biases: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Repeat keys (num_keys, head_dim) and biases (num_keys,) for the leading dimension of the rows, without a copy."""
+def for_each(rows: Block, keys: torch.Tensor, biases: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Repeat keys (num_keys, head_dim) and biases (num_keys,) for all heads of the rows, without a copy; those that are
+    given for each head stay as they are."""
     count = len(rows.queries)
     return keys.expand(count, -1, -1), None if biases is None else biases.expand(count, -1)
 
 
-def hide_later(scores: torch.Tensor, rows: Rows, positions: torch.Tensor, value: float) -> None:
-    """Fill the entries of document keys that a row does not see."""
+def hide_later(scores: torch.Tensor, rows: Block, positions: torch.Tensor, value: float) -> None:
+    """Fill the entries of document keys, at positions (num_heads, num_keys) or (num_keys,), that a row does not see."""
     if rows.document_stop is not None:
-        scores.masked_fill_(positions >= rows.document_stop.unsqueeze(-1), value)
+        scores.masked_fill_(positions.unsqueeze(-2) >= rows.document_stop.unsqueeze(-1), value)
 
 
 def solve_device(device: torch.device) -> torch.device:

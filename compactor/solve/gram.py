@@ -1,8 +1,9 @@
-"""Knows how Gram matrices are accumulated: products of blocks of rows, summed in float64.
+"""Knows how Gram matrices of some heads are accumulated: products of blocks of rows, summed in float64.
 
 Rows in float16 (attention on an NVIDIA GPU) are multiplied on the matrix units with float32 sums. Others are float32.
 
-There, neighbouring rows look at the same few keys, so a block drops the columns that carry almost none of its energy.
+There, neighbouring rows look at the same few keys, so a block of one head drops the columns that carry almost none of
+its energy; blocks of several heads, which hold more rows, drop none.
 With `DROPPED_ENERGY` e, each block X is replaced by X' with ||X - X'||_F <= sqrt(e) ||X||_F: in both sums alike, so
 that the problem stays a least squares problem, of a matrix that near.
 """
@@ -19,46 +20,42 @@ WORTH_DROPPING = 0.9  # of the columns: above it, gathering costs more than it s
 
 
 class GramSum:
-    """Running sums of X^T X and X^T Y over blocks of rows, float64 on ``device``."""
+    """Running sums of X^T X and X^T Y over blocks of rows of some heads, float64 on ``device``."""
 
-    def __init__(self, num_columns: int, num_targets: int, device: torch.device) -> None:
-        self.gram = torch.zeros(num_columns, num_columns, dtype=torch.float64, device=device)
-        self.rhs = torch.zeros(num_columns, num_targets, dtype=torch.float64, device=device)
-        self._energy = torch.zeros((), dtype=torch.float64, device=device)
-
-    @property
-    def energy(self) -> float:
-        """Sum of squares of the targets."""
-        return float(self._energy)
+    def __init__(self, num_heads: int, num_columns: int, num_targets: int, device: torch.device) -> None:
+        self.gram = torch.zeros(num_heads, num_columns, num_columns, dtype=torch.float64, device=device)
+        self.rhs = torch.zeros(num_heads, num_columns, num_targets, dtype=torch.float64, device=device)
+        self.energy = torch.zeros(num_heads, dtype=torch.float64, device=device)  # sum of squares of the targets
 
     def add(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add a block: rows (n, num_columns) and targets (n, num_targets), already scaled by
+        """Add a block: rows (num_heads, n, num_columns) and targets (num_heads, n, num_targets), already scaled by
         sqrt(weight); targets are float32, rows float32 or, on an NVIDIA GPU, float16."""
-        if not rows.shape[0]:
+        if not rows.shape[1]:
             return
-        self._energy += as_sum(targets.square().sum(dtype=sum_dtype(targets)), self._energy)
+        self.energy += as_sum(energies_of(targets), self.energy)
         if rows.dtype == torch.float16:
-            self._add_half(rows, targets)
+            self.gram += half_product(rows.mT, rows)
+            self.rhs += torch.bmm(rows.float().mT, targets)
+        elif len(rows) == 1:
+            self._add_active(self.gram[0], self.rhs[0], rows[0], targets[0])
         else:
-            self._add_active(rows, targets)
+            add_symmetric_product(self.gram, rows)
+            self.rhs += as_sum(rows.mT @ targets, self.rhs)
 
-    def _add_half(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
-        self.gram += half_product(rows.T[None], rows[None])[0]
-        self.rhs += rows.float().T @ targets
-
-    def _add_active(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
+    @staticmethod
+    def _add_active(gram: torch.Tensor, rhs: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> None:
         active = active_columns(rows)
         if len(active) > WORTH_DROPPING * rows.shape[1]:
-            add_symmetric_product(self.gram, rows)
-            self.rhs += as_sum(rows.T @ targets, self.rhs)
+            add_symmetric_product(gram, rows)
+            rhs += as_sum(rows.T @ targets, rhs)
         elif len(active):
             rows = rows[:, active]
             product = rows.new_zeros(len(active), len(active))
             add_symmetric_product(product, rows)
-            active = active.to(self.gram.device)
-            self.rhs.index_add_(0, active, as_sum(rows.T @ targets, self.rhs))
-            self.gram.view(-1).index_add_(
-                0, (active.unsqueeze(1) * self.gram.shape[1] + active).view(-1), as_sum(product, self.gram).view(-1)
+            active = active.to(gram.device)
+            rhs.index_add_(0, active, as_sum(rows.T @ targets, rhs))
+            gram.view(-1).index_add_(
+                0, (active.unsqueeze(1) * gram.shape[1] + active).view(-1), as_sum(product, gram).view(-1)
             )
 
 
@@ -77,6 +74,11 @@ def energy_of(rows: torch.Tensor) -> float:
     return float(rows.square().sum(dtype=sum_dtype(rows)))
 
 
+def energies_of(rows: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares of each head, (num_heads,), in float64 where the device has it."""
+    return rows.square().flatten(1).sum(1, dtype=sum_dtype(rows))
+
+
 def active_columns(rows: torch.Tensor) -> torch.Tensor:
     """Return the indices of the columns that carry all but `DROPPED_ENERGY` of the block's energy, increasing."""
     energy = rows.square().sum(0)
@@ -86,16 +88,16 @@ def active_columns(rows: torch.Tensor) -> torch.Tensor:
 
 
 def add_symmetric_product(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add rows^T rows to ``total`` in place, computing each off-diagonal block once (half the arithmetic of a plain
-    product)."""
-    num_columns = rows.shape[1]
+    """Add rows^T rows to ``total`` (..., n, n) in place, computing each off-diagonal block once (half the arithmetic of
+    a plain product)."""
+    num_columns = rows.shape[-1]
     if num_columns <= LEAF:
-        total += as_sum(rows.T @ rows, total)
+        total += as_sum(rows.mT @ rows, total)
         return
     half = num_columns // 2
-    left, right = rows[:, :half], rows[:, half:]
-    add_symmetric_product(total[:half, :half], left)
-    add_symmetric_product(total[half:, half:], right)
-    cross = as_sum(left.T @ right, total)
-    total[:half, half:] += cross
-    total[half:, :half] += cross.T
+    left, right = rows[..., :half], rows[..., half:]
+    add_symmetric_product(total[..., :half, :half], left)
+    add_symmetric_product(total[..., half:, half:], right)
+    cross = as_sum(left.mT @ right, total)
+    total[..., :half, half:] += cross
+    total[..., half:, :half] += cross.mT

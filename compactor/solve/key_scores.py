@@ -19,6 +19,7 @@ import torch
 from compactor import attention
 from compactor.attach import dense_heads
 from compactor.packed import ExactRows, Packed, PackedLayer, exact_rows
+from compactor.prefill import has_stats_kernel, squared_attention
 from compactor.solve.chunk_grams import LEAST_ROOT
 from compactor.solve.select import CONTRAST_FLOOR
 from compactor.types import Advance, LayerCache
@@ -60,6 +61,9 @@ class KeySums:
         self.centre_weight += by_mass.sum((1, 2))
         scale = root_weights.amax().clamp_min(1e-30)  # keeps float16 in range
         shift = ((root_weights / scale).clamp_min(LEAST_ROOT).log() - exact.lse).flatten(1)
+        if has_stats_kernel(queries):
+            self.squares += squared_attention(queries, document_keys, scaling, shift) * scale.square()
+            return
         for head in range(len(self.squares)):
             own = slice(head, head + 1)
             for start, stop in attention.row_blocks(queries.shape[1], document_keys.shape[1], 1, queries.device):

@@ -10,6 +10,9 @@ by Adam (Kingma and Ba 2015) over random rows, from the least squares solution. 
 gradients are those of softmax attention in which prefix and local keys are one more, fixed, key:
 
     dS_ij = p_ij (g_i.v'_j - g_i.out'_i),   dK' = s dS^T Q,   db' = sum_i dS_i,   dV' = P^T g
+
+On an NVIDIA GPU Triton kernels that keep no scores take the steps on rows that see all kept keys; `Problem.gradients`
+takes the others.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from compactor import attention
 
 if TYPE_CHECKING:
     from compactor.solve.fit import Rows
+    from compactor_kernels.refine_gradients import GradientPlan
 
 DISTANCE, FASTEST = 9.0, 0.1  # sum of all rates, and the highest; in root-mean-square units of a head's keys and values
 BETAS = (0.9, 0.95)
@@ -35,6 +39,7 @@ ROWS = 8192  # query rows of one step, over the group of a KV head
 CPU_ROWS = 1024  # the same on a CPU
 SMALL = 1 << 22  # scores of a head in a step; below it heads of all lengths share a launch
 LEAST_FILLED = 0.5  # of a padded head in larger ones
+PADDED = 1 << 25  # elements of padded keys up to which fused steps take heads of all lengths together: 128 MiB
 ABSENT = -1e4  # bias of padding
 
 
@@ -64,7 +69,7 @@ class Refiner:
         """
         result = list(heads)
         if self.steps and sum(part.lse.shape[2] for part in parts):
-            for members in batches(heads, parts[0].lse.device):
+            for members in batches(heads, parts[0].lse.device, fused=is_fused(parts)):
                 for index, head in zip(members, self._refine_batch(parts, heads, members), strict=True):
                     finite = all(bool(part.isfinite().all()) for part in (head.keys, head.biases, head.values))
                     result[index] = head if finite else heads[index]
@@ -136,7 +141,7 @@ class _Descent:
     def step(self, index: list[torch.Tensor], rate: float | None = None) -> None:
         """Take one step on the rows of ``index``, with a new rate or the one before."""
         with torch.no_grad():
-            gradients = self.problem.gradients(self.problem.take(index), *self.problem.moved(*self.changes))
+            gradients = self.problem.step_gradients(index, *self.problem.moved(*self.changes))
         for change, gradient in zip(self.changes, gradients, strict=True):
             change.grad = gradient
         if rate is not None:
@@ -152,8 +157,27 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def batches(heads: Sequence[HeadKeyValues], device: torch.device) -> Iterator[list[int]]:
-    """Split heads into batches of similar length, longest first; heads without keys are left out."""
+def is_fused(parts: Sequence[Rows]) -> bool:
+    """Whether the kernels take the steps: half-precision rows of one part on an NVIDIA GPU that see all kept keys."""
+    drawn = [part for part in parts if part.lse.shape[2]]
+    if len(drawn) != 1 or drawn[0].document_stop is not None:
+        return False
+    queries = drawn[0].queries
+    return attention.is_fast(queries) and attention.kernel_usable("refine_gradients", queries)
+
+
+def batches(heads: Sequence[HeadKeyValues], device: torch.device, *, fused: bool = False) -> Iterator[list[int]]:
+    """Split heads into batches of similar length, longest first; heads without keys are left out.
+
+    ``fused`` steps visit no padding and hold no scores: all heads are one batch, in their own order, so that their rows
+    are not copied.
+    """
+    with_keys = [index for index, head in enumerate(heads) if len(head.biases)]
+    if fused and with_keys:
+        longest = max(heads[index].keys.numel() for index in with_keys)
+        if len(with_keys) * longest <= PADDED:
+            yield with_keys
+            return
     rows = rows_of_step(device)
     members: list[int] = []
     for index in sorted(range(len(heads)), key=lambda i: -len(heads[i].biases)):
@@ -209,8 +233,9 @@ class Problem:
             self.keys[i, :n], self.values[i, :n], self.biases[i, :n] = head.keys, head.values, head.biases
             self.present[i, :n], self.positions[i, :n] = 1.0, head.positions.to(device)
         lengths = self.present.sum(1).view(-1, 1, 1)
-        self.key_unit = (spread(self.keys, self.present, lengths) * self.present.unsqueeze(-1)).contiguous()
-        self.value_unit = (size(self.values, lengths) * self.present.unsqueeze(-1)).contiguous()
+        key_size, value_size = spread(self.keys, self.present, lengths), size(self.values, lengths)
+        self.key_unit = (key_size * self.present.unsqueeze(-1)).contiguous()
+        self.value_unit = (value_size * self.present.unsqueeze(-1)).contiguous()
         everyone = members == list(range(parts[0].lse.shape[0]))
         chosen = slice(None) if everyone else torch.tensor(members, device=device)
         self.parts = [_flat(part, chosen) for part in parts if part.lse.shape[2]]
@@ -218,12 +243,23 @@ class Problem:
         self.num_rows = sum(part.lse.shape[1] for part in self.parts)
         energy = sum((part.out.square().sum(-1) * part.weights).sum(1) for part in self.parts)
         self.energy = torch.as_tensor(energy).clamp_min(1e-30)
+        self.plan: GradientPlan | None = None
+        if is_fused(parts):
+            scale = 2.0 * self.num_rows / rows_of_step(device) / self.energy
+            self.plan = _plan(
+                self.parts[0],
+                [len(head.biases) for head in heads],
+                torch.stack([key_size.flatten() * scale, scale, value_size.flatten() * scale]),
+                self.scaling,
+            )
 
     def samples(self, seed: int) -> Iterator[list[torch.Tensor]]:
         """Yield row numbers of each part without end: every row once before any comes again, of each part its share."""
         device, total = self.keys.device, self.num_rows
-        most = attention.block_elements(device) // (self.keys.shape[0] * self.keys.shape[1])
-        wanted = max(1, min(rows_of_step(device), most))
+        wanted = rows_of_step(device)
+        if self.plan is None:  # the scores are held
+            most = attention.block_elements(device) // (self.keys.shape[0] * self.keys.shape[1])
+            wanted = max(1, min(wanted, most))
         generator = torch.Generator().manual_seed(seed)
         turns = [_turns(part.lse.shape[1], -(-wanted * part.lse.shape[1] // total), generator) for part in self.parts]
         while True:
@@ -243,6 +279,17 @@ class Problem:
             torch.addcmul(self.biases, biases, self.present),
             torch.addcmul(self.values, values, self.value_unit),
         )
+
+    def step_gradients(
+        self, index: list[torch.Tensor], keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return `gradients` on the rows of some row numbers of each part, by the kernels where they take the steps."""
+        if self.plan is None:
+            return self.gradients(self.take(index), keys, biases, values)
+        from compactor_kernels import refine_gradients as kernels
+
+        by_key, by_bias, by_value = kernels.refine_gradients(self.plan, index[0], keys, biases, values)
+        return by_key, by_bias, by_value
 
     def gradients(
         self, rows: Sample, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor
@@ -279,6 +326,15 @@ def spread(keys: torch.Tensor, present: torch.Tensor, lengths: torch.Tensor) -> 
 def size(vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Root mean square of a head's components, padding aside: (num_heads, 1, 1)."""
     return (vectors.square().sum((1, 2), keepdim=True) / (lengths * vectors.shape[-1])).sqrt()
+
+
+def _plan(rows: Sample, lengths: list[int], scales: torch.Tensor, scaling: float) -> GradientPlan:
+    """Return what the kernels need to know of all rows of a batch; ``scales`` as in `plan_gradients`."""
+    from compactor_kernels import refine_gradients as kernels
+    from compactor_kernels.reference import FitRows
+
+    own = FitRows(*(getattr(rows, name).contiguous() for name in FitRows._fields))
+    return kernels.plan_gradients(own, lengths, scales, scaling=scaling)
 
 
 def _flat(rows: Rows, chosen: slice | torch.Tensor) -> Sample:

@@ -1,0 +1,123 @@
+"""Knows whether a Triton kernel can be trusted on a device: each is tried once against its twin. Knows no model.
+
+A kernel that does not compile, does not launch or computes something else than its twin must not end a run or change an
+answer: the caller goes on with the twin, and one warning says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+TOLERANCE = 0.03  # of the twin's norm: rounding of half precision is far below, a wrong mask or stride far above
+HEADS, GROUP, ROWS, KEYS = 2, 2, 96, 80
+
+
+@cache
+def passes(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether kernel ``name`` of `TRIALS` agrees with its twin on small random input; tried once a process.
+
+    Warns with one sentence where it does not.
+    """
+    reason = failure(name, device, dtype, head_dim)
+    if reason is not None:
+        warnings.warn(
+            f"The Triton kernel {name} is not used on {device}: {reason}. PyTorch takes its place, more slowly.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Try a kernel; return what is wrong with it, or None."""
+    try:
+        with torch.no_grad():
+            for found, expected in TRIALS[name](device, dtype, head_dim):
+                distance = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
+                if not distance <= TOLERANCE:
+                    return f"it is {distance:.2g} away from its twin"
+    except Exception as error:  # a compiler fails in many ways
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
+    return None
+
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]  # what the kernel gave, and its twin
+
+
+def _draw(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def _try_biased_decode(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.biased_decode import biased_decode
+    from compactor_kernels.reference import biased_attention_reference
+
+    pairs: Pairs = []
+    for q_len in (1, 5):
+        queries, keys, values = _draw(
+            device, dtype, (2, HEADS * GROUP, q_len, head_dim), (KEYS, head_dim), (KEYS, head_dim)
+        )
+        (biases,) = _draw(device, torch.float32, (KEYS,))
+        offsets = torch.tensor([0, KEYS // 3, KEYS], dtype=torch.int32, device=device)
+        given = queries, keys, values, biases, offsets
+        found = biased_decode(*given, scaling=head_dim**-0.5, max_head_length=KEYS)
+        expected = biased_attention_reference(*given, scaling=head_dim**-0.5)
+        pairs += list(zip(found, expected, strict=True))
+    return pairs
+
+
+def _try_attention_stats(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.attention_stats import attention_stats
+    from compactor_kernels.reference_stats import attention_stats_reference
+
+    queries, keys = _draw(device, dtype, (HEADS * GROUP, ROWS, head_dim), (HEADS, KEYS, head_dim))
+    (shift,) = _draw(device, torch.float32, (HEADS * GROUP, ROWS))
+    stops = torch.arange(ROWS, device=device, dtype=torch.int32) // 32 * 32
+    pairs: Pairs = []
+    for limits in (None, stops):
+        found, expected = (
+            run(queries, keys, shift - 3.0, scaling=head_dim**-0.5, stops=limits)
+            for run in (attention_stats, attention_stats_reference)
+        )
+        assert found.squares is not None and expected.squares is not None
+        pairs.append((found.squares, expected.squares))
+    return pairs
+
+
+def _try_refine_gradients(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.reference import FitRows, refine_gradients_reference
+    from compactor_kernels.refine_gradients import plan_gradients, refine_gradients
+
+    (queries,) = _draw(device, dtype, (HEADS, ROWS, head_dim))
+    near, out, keys, values, biases, lse = _draw(
+        device,
+        torch.float32,
+        (HEADS, ROWS, head_dim),
+        (HEADS, ROWS, head_dim),
+        (HEADS, KEYS, head_dim),
+        (HEADS, KEYS, head_dim),
+        (HEADS, KEYS),
+        (HEADS, ROWS),
+    )
+    weights = lse.abs() + 0.1
+    rows = FitRows(queries, weights, lse + 3.0, lse - 1.0, near, out)
+    index = torch.arange(ROWS, device=device).flip(0)[: ROWS - 7].contiguous()
+    lengths, scales = [KEYS, KEYS // 3], torch.ones(3, HEADS, device=device)
+    scaling = head_dim**-0.5
+    plan = plan_gradients(rows, lengths, scales, scaling=scaling)
+    found = refine_gradients(plan, index, keys, biases, values)
+    expected = refine_gradients_reference(rows, index, keys, biases, values, lengths, scales, scaling=scaling)
+    return list(zip(found, expected, strict=True))
+
+
+TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
+    "biased_decode": _try_biased_decode,
+    "attention_stats": _try_attention_stats,
+    "refine_gradients": _try_refine_gradients,
+}

@@ -1,0 +1,452 @@
+"""Claims about the kernels of the refinement and their torch twin.
+
+They run as those of test_kernels.py do: compiled where there is a GPU, else in Triton's interpreter, in a process of
+their own; `TRITON_INTERPRET=1 pytest tests/test_kernel_refine.py` shows them singly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from compactor.solve import refine as refine_module
+from compactor.solve.fit import Rows, held_out_rows
+from compactor.solve.refine import HeadKeyValues, Refiner
+from compactor_kernels import reference
+from compactor_kernels.reference import FitRows, Gradients, refine_gradients_reference
+
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+COMPILED = HAS_TRITON and not INTERPRETED and torch.cuda.is_available()
+DEVICE = "cuda" if COMPILED else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+if INTERPRETED or COMPILED:
+    from compactor_kernels import refine_gradients as kernels
+    from compactor_kernels.refine_gradients import choose_num_slices, choose_tiles, flops, plan_gradients
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of a step, and the lengths of the heads on the host."""
+
+    rows: FitRows
+    index: torch.Tensor
+    keys: torch.Tensor
+    biases: torch.Tensor
+    values: torch.Tensor
+    lengths: tuple[int, ...]
+    scales: torch.Tensor
+    scaling: float
+
+    def kernel(self) -> Gradients:
+        plan = plan_gradients(self.rows, self.lengths, self.scales, scaling=self.scaling)
+        return kernels.refine_gradients(plan, self.index, self.keys, self.biases, self.values)
+
+    def twin(self) -> Gradients:
+        moving = (self.keys, self.biases, self.values)
+        return refine_gradients_reference(
+            self.rows, self.index, *moving, self.lengths, self.scales, scaling=self.scaling
+        )
+
+
+def make_case(
+    lengths: tuple[int, ...],
+    *,
+    num_rows: int = 90,
+    num_drawn: int = 70,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    common: float = 0.0,
+    padding: int = 0,
+    device: str = DEVICE,
+) -> Case:
+    """Rows that saw a document of random keys and something near, and other keys that stand for the document.
+
+    ``common`` is in all components of all queries and keys: it adds as much to all scores of a row. Row numbers repeat.
+    """
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    num_heads, longest, scaling = len(lengths), max(lengths) + padding, head_dim**-0.5
+    queries = (common + normal(num_heads, num_rows, head_dim)).to(dtype)
+    document = common + normal(num_heads, 50, head_dim)
+    keys, values = (normal(num_heads, longest, head_dim) for _ in range(2))
+    keys[:, :50] = document[:, :longest] + 0.05 * keys[:, :50]  # the first are like its own
+    keys[:, 50:] += common
+    scores = scaling * torch.einsum("hid,hjd->hij", queries.float(), document)
+    near_scores = scores.logsumexp(-1) - 3.0 + normal(num_heads, num_rows)
+    lse = torch.logaddexp(scores.logsumexp(-1), near_scores)
+    near, out = (0.3 * normal(num_heads, num_rows, head_dim) for _ in range(2))
+    weights = normal(num_heads, num_rows).exp()
+    case = Case(
+        rows=FitRows(queries, weights, lse, near_scores - lse, near, out),
+        index=torch.randint(num_rows, (num_drawn,), generator=generator),
+        keys=keys,
+        biases=normal(num_heads, longest),
+        values=values,
+        lengths=lengths,
+        scales=normal(3, num_heads).exp(),
+        scaling=scaling,
+    )
+    return moved_to(case, device)
+
+
+def moved_to(case: Case, device: str) -> Case:
+    moved = {name: part.to(device) for name, part in vars(case).items() if isinstance(part, torch.Tensor)}
+    return replace(case, rows=FitRows(*(part.to(device) for part in case.rows)), **moved)
+
+
+def textbook_gradients(case: Case) -> Gradients:
+    """Gradients by automatic differentiation of the softmax over near and kept keys, head by head, in float64."""
+    rounded = case.keys.to(case.rows.queries.dtype)
+    moving = [part.detach().cpu().double() for part in (rounded, case.biases, case.values)]
+    found = [torch.zeros_like(part) for part in moving]
+    index = case.index.cpu()
+    for head, count in enumerate(case.lengths):
+        own = FitRows(*(part[head].cpu().double()[index] for part in case.rows))
+        keys, biases, values = (part[head, :count].clone().requires_grad_() for part in moving)
+        scores = own.queries @ keys.T * case.scaling + biases - own.lse.unsqueeze(1)
+        shares = torch.softmax(torch.cat([scores, own.near_share.unsqueeze(1)], 1), 1)
+        out = shares[:, :-1] @ values + shares[:, -1:] * own.near
+        loss = 0.5 * (own.weights * (out - own.out).square().sum(1)).sum()
+        parts = torch.autograd.grad(loss, [keys, biases, values])
+        for total, part, scale in zip(found, parts, case.scales[:, head].tolist(), strict=True):
+            total[head, :count] = scale * part
+    return Gradients(*found)
+
+
+def assert_close(found: Gradients, exact: Gradients, tolerance: float) -> None:
+    """Of each head, the error is at most ``tolerance`` of the gradient, in norm; padding is 0."""
+    for name, got, truth in zip(Gradients._fields, found, exact, strict=True):
+        assert got.shape == truth.shape
+        for head in range(len(truth)):
+            error = float((got[head].cpu().double() - truth[head]).norm())
+            assert error <= tolerance * float(truth[head].norm()), (name, head, error / float(truth[head].norm()))
+        assert not got.cpu()[truth == 0].any()
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Of products in a type: shares, values and errors are float16 for both half types, dS has the queries' type."""
+    return {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 4e-3}[dtype]
+
+
+# The twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=lambda dtype: str(dtype)[6:])
+def test_twin_equals_automatic_differentiation(dtype: torch.dtype) -> None:
+    case = make_case((9, 1, 30), head_dim=20, dtype=dtype, padding=2, device="cpu")
+    found = case.twin()
+    assert found.by_key.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(found, textbook_gradients(case), 1e-7 if dtype == torch.float64 else 1e-5)
+
+
+def test_twin_in_blocks_of_rows_is_the_twin_in_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((9, 1, 30), dtype=torch.float64, device="cpu")
+    whole = case.twin()
+    monkeypatch.setattr(reference, "SCORE_ELEMENTS", 64)
+    for part, other in zip(case.twin(), whole, strict=True):
+        torch.testing.assert_close(part, other)
+
+
+def test_twin_takes_lengths_from_the_device() -> None:
+    case = make_case((4, 6), device="cpu")
+    lengths = torch.tensor(case.lengths, dtype=torch.int32)
+    found = refine_gradients_reference(
+        case.rows, case.index, case.keys, case.biases, case.values, lengths, case.scales, scaling=case.scaling
+    )
+    assert torch.equal(found.by_key, case.twin().by_key)
+
+
+# The kernels
+
+
+class TestRefineGradients:
+    """Collected where the kernels can run: compiled on a GPU, or in the interpreter's own process."""
+
+    __test__ = COMPILED or INTERPRETED
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
+    def test_gradients_are_those_of_automatic_differentiation(self, head_dim: int, dtype: torch.dtype) -> None:
+        case = make_case((37, 1, 131), head_dim=head_dim, dtype=dtype)
+        assert_close(case.kernel(), textbook_gradients(case), tolerance_of(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    @pytest.mark.parametrize(("num_rows", "num_drawn"), [(1, 1), (3, 17), (70, 64), (200, 129), (40, 300)])
+    def test_any_number_of_rows(self, num_rows: int, num_drawn: int, dtype: torch.dtype) -> None:
+        case = make_case((20, 3), num_rows=num_rows, num_drawn=num_drawn, dtype=dtype)
+        assert_close(case.kernel(), textbook_gradients(case), tolerance_of(dtype))
+
+    @pytest.mark.parametrize("lengths", [(1,), (1, 1), (16, 64, 65), (63, 0, 129), (2, 200)])
+    def test_heads_of_any_lengths(self, lengths: tuple[int, ...]) -> None:
+        case = make_case(lengths, dtype=torch.float16, padding=3)
+        assert_close(case.kernel(), textbook_gradients(case), tolerance_of(torch.float16))
+
+    def test_a_row_drawn_twice_weighs_twice(self) -> None:
+        case = make_case((20, 7))
+        once = replace(case, index=torch.tensor([4, 9], device=DEVICE))
+        double = [4, 9, 4, 9, 9, 4]
+        twice = replace(case, index=torch.tensor(double, device=DEVICE))
+        for part, three_times in zip(once.kernel(), twice.kernel(), strict=True):
+            torch.testing.assert_close(3 * part, three_times, rtol=1e-4, atol=1e-5)
+
+    def test_no_row_gives_no_gradient(self) -> None:
+        case = make_case((4, 2))
+        assert not any(part.any() for part in replace(case, index=case.index[:0]).kernel())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_nothing_near(self, dtype: torch.dtype) -> None:
+        case = make_case((40, 1), dtype=dtype)
+        nothing = torch.full_like(case.rows.near_share, -math.inf)
+        alone = replace(case, rows=case.rows._replace(near_share=nothing, near=torch.zeros_like(case.rows.near)))
+        found, exact = alone.kernel(), textbook_gradients(alone)
+        one_key = float(found.by_key[1].abs().max())  # all is on it, whatever it is: only its value matters
+        assert one_key <= 1e-3 * float(case.scales[0, 1]) * float(exact.by_value[1].norm())
+        seen = [Gradients(*(part[:1] for part in parts)) for parts in (found, exact)]
+        assert_close(*seen, tolerance_of(dtype))
+        torch.testing.assert_close(found.by_value[1].cpu().double(), exact.by_value[1], rtol=5e-3, atol=5e-3)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_padding_is_never_read(self, dtype: torch.dtype) -> None:
+        case = make_case((30, 5), dtype=dtype, padding=7)
+        before = case.kernel()
+        for head, count in enumerate(case.lengths):
+            for part in (case.keys, case.biases, case.values):
+                part[head, count:] = math.nan
+        for part, again in zip(before, case.kernel(), strict=True):
+            assert torch.equal(part, again)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    def test_scores_in_the_thousands(self, dtype: torch.dtype) -> None:
+        case = make_case((40, 33), dtype=dtype, common=16.0)
+        scores = case.scaling * torch.einsum("hid,hjd->hij", case.rows.queries.float(), case.keys)
+        assert float(scores.min()) > 1000
+        assert_close(case.kernel(), textbook_gradients(case), tolerance_of(dtype) + 1e-3)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_huge_and_hopeless_biases(self, dtype: torch.dtype) -> None:
+        case = make_case((90, 33), dtype=dtype)
+        case.biases[:, ::5] = 7.0
+        case.biases[:, 2::5] = -1e4
+        found, exact = case.kernel(), textbook_gradients(case)
+        assert not found.by_key[:, 2::5].any() and not found.by_value[:, 2::5].any()
+        assert_close(found, exact, 2 * tolerance_of(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+    @pytest.mark.parametrize(("values", "weights"), [(1e-5, 1.0), (3e5, 1e-9), (1.0, 1e-12), (1e-3, 1e8)])
+    def test_the_units_of_a_model_do_not_matter(self, values: float, weights: float, dtype: torch.dtype) -> None:
+        case = make_case((40, 7), dtype=dtype)
+        rows = case.rows
+        rows = rows._replace(weights=rows.weights * weights, near=rows.near * values, out=rows.out * values)
+        other = replace(case, rows=rows, values=case.values * values)
+        assert_close(other.kernel(), textbook_gradients(other), tolerance_of(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+    def test_rows_a_hundred_thousand_times_lighter_than_another_keep_their_digits(self, dtype: torch.dtype) -> None:
+        case = make_case((40, 7), dtype=dtype)
+        weights = case.rows.weights.clone()
+        weights[:, 0] = 1e5
+        light = replace(case, rows=case.rows._replace(weights=weights), index=case.index[case.index > 0])
+        assert_close(light.kernel(), textbook_gradients(light), 2 * tolerance_of(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+    def test_errors_beyond_half_precision_are_cut(self, dtype: torch.dtype) -> None:
+        case = make_case((40, 7), dtype=dtype)
+        out = case.rows.out * 1e-3
+        out[:, 3] = 1e5
+        index = torch.arange(20, device=DEVICE)
+        wild = replace(case, rows=case.rows._replace(out=out), index=index, values=case.values * 1e6)
+        assert all(part.isfinite().all() for part in wild.kernel())
+
+    def test_a_head_that_is_not_finite_stays_so_and_alone(self) -> None:
+        case = make_case((20, 7, 9), dtype=torch.float16)
+        before = case.kernel()
+        case.keys[1, 3, 5] = math.nan
+        after = case.kernel()
+        for part, other in zip(before, after, strict=True):
+            assert torch.equal(part[[0, 2]], other[[0, 2]])
+            assert other[1].isnan().any()
+
+    @pytest.mark.parametrize("num_slices", [1, 2, 5, 64])
+    def test_slices_do_not_change_the_gradients(self, num_slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = make_case((70, 3), num_drawn=150)
+        monkeypatch.setattr(kernels, "choose_num_slices", lambda *_: num_slices)
+        assert_close(case.kernel(), textbook_gradients(case), tolerance_of(torch.float32))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_equal_calls_give_equal_bits(self, dtype: torch.dtype) -> None:
+        case = make_case((131, 40), num_drawn=200, dtype=dtype)
+        first, second = case.kernel(), case.kernel()
+        assert all(torch.equal(part, again) for part, again in zip(first, second, strict=True))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda c: {"rows": c.rows._replace(queries=c.rows.queries[0])}, "queries must be"),
+            (lambda c: {"rows": c.rows._replace(queries=c.rows.queries.double())}, "not torch.float64"),
+            (lambda c: {"rows": c.rows._replace(queries=torch.zeros(2, 90, 257))}, "head_dim must be 1 to 256"),
+            (lambda c: {"rows": c.rows._replace(queries=c.rows.queries.mT.contiguous().mT)}, "queries must be contig"),
+            (lambda c: {"rows": c.rows._replace(near=c.rows.near[:, 1:])}, "near must be"),
+            (lambda c: {"rows": c.rows._replace(out=c.rows.out.half())}, "out must be"),
+            (lambda c: {"rows": c.rows._replace(lse=c.rows.lse.to("meta"))}, "like the queries, not on meta"),
+            (lambda c: {"rows": c.rows._replace(weights=c.rows.weights.T.contiguous().T)}, "weights must be contig"),
+            (lambda c: {"lengths": (5,)}, "lengths must be 2 numbers"),
+            (lambda c: {"lengths": (0, 0)}, "one above 0"),
+            (lambda c: {"lengths": (5, 6)}, "keys must be"),
+            (lambda c: {"scales": c.scales[:2]}, "scales must be"),
+            (lambda c: {"keys": c.keys.half()}, "keys must be"),
+            (lambda c: {"keys": c.keys[..., 1:]}, "keys must be"),
+            (lambda c: {"biases": c.biases[:, :-1]}, "biases must be"),
+            (lambda c: {"values": c.values[:1]}, "values must be"),
+            (lambda c: {"index": c.index.int()}, "index must be"),
+            (lambda c: {"index": c.index.view(2, -1)}, "index must be"),
+        ],
+    )
+    def test_bad_input_is_refused_in_a_sentence(
+        self, change: Callable[[Case], dict[str, object]], message: str
+    ) -> None:
+        case = make_case((5, 4))
+        with pytest.raises(ValueError, match=message):
+            replace(case, **change(case)).kernel()
+
+    def test_tiles_are_what_the_matrix_units_take_and_fit_the_memory(self) -> None:
+        for head_dim in range(1, 257):
+            for element_bytes in (2, 4):
+                for shared_bytes in (65_536, 101_376, 166_912, 232_448):  # of a block; the last three: 8.6, 8.0, 9.0
+                    errors, sums = choose_tiles(head_dim, element_bytes, shared_bytes)
+                    for tiles in (errors, sums):
+                        for size in (tiles.row_tile, tiles.key_tile, tiles.dim_tile):
+                            assert size >= 16 and size & (size - 1) == 0
+                        assert head_dim <= tiles.dim_tile <= max(16, 2 * head_dim) and tiles.num_stages >= 1
+                        assert 2 * element_bytes * tiles.key_tile * tiles.dim_tile <= shared_bytes
+                    assert errors.row_tile % sums.row_tile == 0
+                    assert sums.key_tile % kernels.ADDED_KEYS == 0
+
+    @pytest.mark.parametrize("num_row_tiles", [1, 7, 256])
+    def test_slices_fill_the_device_and_bound_the_memory(self, num_row_tiles: int) -> None:
+        at_once = 2 * 132
+        for num_tiles in (1, 3, 24, 100, 263, 265, 400, 5000):
+            num_slices = choose_num_slices(num_tiles, num_row_tiles, 132)
+            assert 1 <= num_slices <= num_row_tiles
+            blocks = num_tiles * num_slices
+            assert blocks <= max(num_tiles, 10 * at_once)
+            if num_row_tiles == 256 and num_tiles >= 24:
+                assert blocks >= 0.75 * at_once * -(-blocks // at_once)  # the last round is not much emptier
+
+    def test_the_operations_of_a_step(self) -> None:
+        assert flops(100, (3, 5), 64) == 12 * 100 * 8 * 64
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    def test_refined_heads_are_those_of_the_torch_path(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(refine_module, "CPU_ROWS", 100)
+        monkeypatch.setattr(refine_module, "ROWS", 100)
+        case = make_case((12, 0, 5), num_rows=60, head_dim=16, dtype=dtype)
+        rows, heads = as_rows(case), as_heads(case)
+        monkeypatch.setattr(refine_module, "is_fused", lambda parts: False)
+        expected = Refiner(6).refine([rows], heads)
+        monkeypatch.setattr(refine_module, "is_fused", lambda parts: True)
+        found = Refiner(6).refine([rows], heads)
+        assert found[1] is heads[1]
+        for head in (0, 2):
+            for name in ("keys", "biases", "values"):
+                start, there, here = (getattr(parts[head], name) for parts in (heads, expected, found))
+                moved = float((there - start).norm())
+                limit = 0.01 if dtype == torch.float32 else 0.1
+                assert moved > 0 and float((here - there).norm()) <= limit * moved
+
+    @pytest.mark.skipif(INTERPRETED, reason="large sizes need a GPU")
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+    def test_large_sizes_on_a_gpu(self, head_dim: int, dtype: torch.dtype) -> None:
+        case = make_case((1500, 1, 205, 777), num_rows=9000, num_drawn=8192, head_dim=head_dim, dtype=dtype)
+        exact = Gradients(*(part.cpu() for part in in_double(case).twin()))
+        assert_close(case.kernel(), exact, 1e-5 if dtype == torch.float32 else 2 * tolerance_of(dtype))
+
+    @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+    def test_a_step_is_captured_without_a_sync(self) -> None:
+        case = make_case((300, 77), num_rows=2000, num_drawn=1024, dtype=torch.bfloat16)
+        plan = plan_gradients(case.rows, case.lengths, case.scales, scaling=case.scaling)
+        step = (plan, case.index, case.keys, case.biases, case.values)
+        kernels.refine_gradients(*step)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = kernels.refine_gradients(*step)
+        case.index.copy_(case.index.flip(0) // 2)
+        case.keys.mul_(0.5)
+        graph.replay()
+        assert_close(found, textbook_gradients(case), tolerance_of(torch.bfloat16))
+
+    @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+    def test_refinement_on_a_gpu_takes_the_kernels_and_repeats_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = make_case((300, 20), num_rows=2000, head_dim=128, dtype=torch.bfloat16)
+        rows, heads = as_rows(case), as_heads(case)
+        assert refine_module.is_fused([rows])
+        first, again = (Refiner(20).refine([rows], heads) for _ in range(2))
+        monkeypatch.setattr(refine_module, "is_fused", lambda parts: False)
+        other = Refiner(20).refine([rows], heads)
+        for name in ("keys", "biases", "values"):
+            for head in range(2):
+                start, there, here = (getattr(parts[head], name) for parts in (heads, other, first))
+                assert torch.equal(here, getattr(again[head], name))
+                assert float((here - there).norm()) <= 0.2 * float((there - start).norm())
+
+
+def in_double(case: Case) -> Case:
+    """The same problem in float64, its keys rounded as the kernels round them."""
+    rounded = case.keys.to(case.rows.queries.dtype).double()
+    rows = FitRows(*(part.double() for part in case.rows))
+    return replace(case, rows=rows, keys=rounded, biases=case.biases.double(), values=case.values.double())
+
+
+def as_rows(case: Case) -> Rows:
+    """The rows of a case as the fit has them, in groups of two."""
+    parts = [part.unflatten(1, (2, -1)) for part in case.rows._replace(weights=case.rows.weights.sqrt())]
+    queries, roots, lse, near_share, near, out = parts
+    held_out = held_out_rows(lse.shape[2], lse.device)
+    return Rows(queries, case.scaling, roots, lse, near_share, near, out, held_out)
+
+
+def as_heads(case: Case) -> list[HeadKeyValues]:
+    return [
+        HeadKeyValues(case.keys[h, :n], case.biases[h, :n], case.values[h, :n], torch.arange(n))
+        for h, n in enumerate(case.lengths)
+    ]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(COMPILED or INTERPRETED, reason="the kernels run in this process")
+def test_kernels_in_the_interpreter() -> None:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "TestRefineGradients", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes host tensors")
+def test_compiled_kernels_refuse_host_tensors() -> None:
+    from compactor_kernels.refine_gradients import plan_gradients as compiled
+
+    case = make_case((3,), device="cpu")
+    with pytest.raises(ValueError, match="must be on a GPU, not on cpu"):
+        compiled(case.rows, case.lengths, case.scales, scaling=case.scaling)
