@@ -562,7 +562,7 @@ def one_batch(lengths: dict[int, int], _num_rows: int, _device: torch.device) ->
 
 @pytest.mark.parametrize("kind", ["float32", "half", "later keys hidden"])
 def test_heads_fitted_together_are_those_fitted_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads of 9, 25, 3 and all 40 keys; the third is not between neighbours, so that rows are gathered."""
+    """One head keeps all of its keys; where it is between the others, their rows are gathered."""
     stops = torch.arange(96) % 30 + 12 if kind == "later keys hidden" else None
     keys, rows = layer_of([case(40, seed=seed) for seed in range(4)], stops)
     if kind == "half":

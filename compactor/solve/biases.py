@@ -21,8 +21,8 @@ JITTER_32 = 1e-7  # the same for float32 factors
 JITTER = 1e-12  # of the mean diagonal, added to Cholesky factors of singular blocks; raised tenfold on failure
 TOLERANCE = 1e-9  # default, on the projected gradient, relative to the largest |r|
 CHECK_EVERY = 3  # iterations of a batch between two looks at whether all problems have stopped
-NEWTON_STEPS = tuple(0.5**i for i in range(6))  # of the Newton direction, all tried at once by a batch
-DOWNHILL_STEPS = tuple(0.25**i for i in range(8))  # of the gradient: one is below 1 / (largest eigenvalue)
+NEWTON_STEPS = (0.5, 6)  # 1, 1/2, ... of the Newton direction: ratio and number, all tried at once by a batch
+DOWNHILL_STEPS = (0.25, 8)  # the same of the gradient: one is below 1 / (largest eigenvalue)
 SUFFICIENT = 1e-4  # of the decrease that the gradient promises: less makes a step shorter
 LARGE = 1024  # variables above which a GPU factors one matrix after another
 
@@ -165,7 +165,10 @@ class _JointSearch:
         self.gram, self.low, self.high = gram, low.unsqueeze(1), high.unsqueeze(1)
         self.systems = gram.to(direction_type(gram.device))
         self.jitter = gram.new_full((len(gram), 1), first_jitter(self.systems.dtype))
-        self.steps = [gram.new_tensor(steps).view(1, -1, 1) for steps in (NEWTON_STEPS, DOWNHILL_STEPS)]
+        self.steps = [
+            ratio ** torch.arange(number, dtype=gram.dtype, device=gram.device).view(1, -1, 1)
+            for ratio, number in (NEWTON_STEPS, DOWNHILL_STEPS)
+        ]
 
     def step(self, gradient: torch.Tensor, x: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the next points (num_heads, n), NaN where there is none, and which are other ones (num_heads,)."""
@@ -183,7 +186,7 @@ class _JointSearch:
         decrease = slope - 0.5 * (changes * (changes @ self.gram)).sum(-1)
         good = (decrease > 0) & (decrease >= SUFFICIENT * slope)
         first = good.byte().argmax(1)
-        found = candidates[torch.arange(len(x), device=x.device), first]
+        found = candidates.take_along_dim(first.view(-1, 1, 1), 1).squeeze(1)
         hopeless = self.jitter > 1.0
         return found.masked_fill(hopeless, torch.nan), good.any(1) | hopeless.squeeze(-1)
 

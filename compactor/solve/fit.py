@@ -404,8 +404,8 @@ def refit_heads(
 def head_batches(lengths: dict[int, int], num_rows: int, device: torch.device) -> list[list[int]]:
     """Split heads of some lengths into batches; the members of each increase.
 
-    Elsewhere than on a GPU each head is alone. There, the float64 Gram matrices of a batch take at most a quarter of the
-    memory of a block of scores, and unless a batch is `SMALL`, at least `LEAST_FILLED` of them is no padding.
+    Elsewhere than on a GPU each head is alone. There, the float64 Gram matrices of a batch take at most a quarter of
+    the memory of a block of scores, and unless a batch is `SMALL`, at least `LEAST_FILLED` of them is no padding.
     """
     result: list[list[int]] = []
     longest = filled = 0

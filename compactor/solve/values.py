@@ -103,8 +103,8 @@ def fit_values(train: GramSum, held_out: GramSum, counts: torch.Tensor, ridge: f
     else:
         errors = held_out_errors(train, held_out, counts)
         best = errors.argmin(0)  # of equals the first: there may be no rows
-        stays = errors.gather(0, best[None])[0] > held_out.energy
-        chosen = errors.new_tensor(STRONGEST_FIRST)[best]
+        stays = errors.amin(0) > held_out.energy
+        chosen = errors.new_tensor(STRONGEST_FIRST).take(best)
         change = solve_ridges(gram, rhs, counts, chosen).masked_fill(stays.view(-1, 1, 1), 0.0)
         ridges = chosen.masked_fill(stays, torch.inf)
     return ValueFit(change, ridges, energy, squared_errors(gram, rhs, energy, change))
