@@ -215,8 +215,11 @@ def test_every_method_keeps_at_most_the_bytes_that_were_asked(
             assert (positions.diff() > 0).all() and int(positions[-1]) < compacted.logical_length
             assert not layer.biases[rows][:prefix].any()
             if method != "summary":
-                whole = dense_heads(study.full.layers[index])[0][0, head]
-                torch.testing.assert_close(layer.keys[rows], whole[positions.long()], rtol=1e-4, atol=1e-4)
+                true = dense_heads(study.full.layers[index])[0][0, head][positions.long()]
+                is_refined = method in ("balanced", "best")  # kept keys move; the prefix is what it was
+                own = layer.keys[rows][:prefix] if is_refined else layer.keys[rows]
+                torch.testing.assert_close(own, true[: len(own)], rtol=1e-4, atol=1e-4)
+                assert not is_refined or not torch.allclose(layer.keys[rows][prefix:], true[prefix:], atol=1e-3)
 
 
 @pytest.mark.parametrize("method", BASELINES)
