@@ -43,7 +43,7 @@ def answer_question(
     settings: DecodeSettings,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Answer one question; the cache's tail is dropped before and after, so questions do not see each other.
+    """Answer one question, right after the document: the cache's own tail is neither seen nor changed.
 
     ``on_text`` receives pieces of text as they are decoded. Raises DocumentError when question and answer do not fit
     what the document leaves of the model's window.

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 DISTANCE, FASTEST = 9.0, 0.1  # sum of all rates, and the highest; in root-mean-square units of a head's keys and values
 BETAS = (0.9, 0.95)
-PULL = 0.0  # weight of the squared changes in the error
 EAGER_STEPS = 3  # before a step is captured
 WARM_UP = 5  # steps until the rate is full; it then falls as a cosine to 0
 ROWS = 8192  # query rows of one step, over the group of a KV head
@@ -133,7 +132,6 @@ class _Descent:
             self.changes,
             lr=self.rate if on_gpu else FASTEST,
             betas=BETAS,
-            weight_decay=PULL,
             fused=on_gpu,
             capturable=on_gpu,
         )
