@@ -258,6 +258,18 @@ def fused_attention(
     return out[0].float(), lse[0, :, : query.shape[1]]
 
 
+def fused_segments(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, starts: torch.Tensor, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for segments that lie one after another, each causal and by itself: query (num_heads, rows, head_dim),
+    keys and values (num_kv_heads, rows, head_dim) of half precision; starts: (segments + 1,) int32, where each begins
+    and the last ends; longest: rows of the longest. Returns float32 out and lse (num_heads, rows)."""
+    q, k, v = (part.transpose(0, 1).contiguous() for part in (query, keys, values))
+    flash = torch.ops.aten._flash_attention_forward
+    out, lse = flash(q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scaling)[:2]
+    return out.transpose(0, 1).float(), lse[:, : query.shape[1]]
+
+
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return the batched product (n, a, b) x (n, b, c) in float32; where ``left`` is float16, on the matrix units."""
     if left.dtype == torch.float16:

@@ -8,6 +8,7 @@ Questions, answers, and what the full cache and no document at all make of them 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,14 +158,16 @@ def make_held_out(study: Study) -> HeldOut | None:
     with job.reporter.phase("held-out", 2, "passes") as advance:
         questions = ask_sections(study) + list(FIXED_QUESTIONS)
         advance(1)
-        questions = [text for text in dict.fromkeys(questions) if has_room(job, job.prompt.question_ids(text))]
+        asked = {text: tuple(job.prompt.question_ids(text)) for text in questions}
+        questions = [text for text, ids in asked.items() if has_room(job, ids) and ids not in study.asked]
         exchanges = answer_all(study, questions) if questions else []
         advance(1)
     return HeldOut(questions, exchanges) if exchanges else None
 
 
 def ask_sections(study: Study) -> list[str]:
-    """Let the model ask about sections spread over the whole document, sampled with the held-out seed."""
+    """Let the model ask about sections spread over the whole document, sampled with the held-out seed; what the fit's
+    self-study asked too is replaced."""
     job = study.job
     openings = section_openings(job)
     # a question needs no thoughts, so the template's way of answering at once is used
@@ -177,7 +180,8 @@ def ask_sections(study: Study) -> list[str]:
     pick = Nucleus(len(prompts), QUESTION_TOKENS, top_p=0.95, seed=seed, device=job.loaded.device)
     written = write(study, prompts, QUESTION_TOKENS, pick)
     texts = [first_question(decode(job, ids)) for ids in written]
-    return [text or question for text, question in zip(texts, questions, strict=True)]
+    fresh = [text if tuple(job.prompt.question_ids(text)) not in study.asked else "" for text in texts]
+    return [text or question for text, question in zip(fresh, questions, strict=True)]
 
 
 def section_openings(job: Job) -> list[str]:
@@ -219,7 +223,7 @@ def write(study: Study, prompts: list[list[int]], max_new_tokens: int, pick: Pic
     return answer_after(study.job.loaded, attached(study), prompts, limit, pick, keep_stop=True)
 
 
-def has_room(job: Job, prompt: list[int]) -> bool:
+def has_room(job: Job, prompt: Sequence[int]) -> bool:
     """Whether the window has room for a prompt after the document and for a short answer."""
     return len(prompt) + LEAST_ANSWER <= job.room
 

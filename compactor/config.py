@@ -20,9 +20,11 @@ BASELINES = (
     "streaming",
     "truncation",
     "summary",
+    "summary-compacted",
     "random",
 )
 METHODS = (*OUR_METHODS, *BASELINES)
+SUMMARISING = ("summary", "summary-compacted")  # of a summary that is shorter than its size everything is kept
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # Of what not every method uses, what each does use: sources of reference queries, and settings. Methods that are not in
@@ -31,15 +33,18 @@ METHOD_QUERIES = {
     "fast": ("context",),
     "balanced": QUERY_SOURCES,
     "best": QUERY_SOURCES,
+    "summary-compacted": QUERY_SOURCES,  # asked about the summary
     "attention-matching-rms": ("repeat", "self-study"),
     "attention-matching-omp": ("repeat", "self-study"),
 }
 _ASKING = ("chunk", "self_study_tokens")
-_FITTING = ("max_error", "budget", "keep_curves", "refine_steps", "ridge", "min_log_bias", "max_log_bias")
+_SOLVING = ("refine_steps", "ridge", "min_log_bias", "max_log_bias")
+_FITTING = ("max_error", "budget", "keep_curves", *_SOLVING)
 METHOD_SETTINGS = {
     "fast": _FITTING,
     "balanced": (*_ASKING, *_FITTING),
     "best": (*_ASKING, *_FITTING),
+    "summary-compacted": (*_ASKING, *_SOLVING),
     "attention-matching-rms": _ASKING,
     "attention-matching-omp": _ASKING,
 }

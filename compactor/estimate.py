@@ -22,7 +22,7 @@ from compactor.job import fixed_bytes, full_bytes, keeps_everything, num_compact
 from compactor.methods import best, fast, kvzip
 from compactor.methods.ours import ERROR_ROUNDS
 from compactor.prefill import CONTEXT_SPAN
-from compactor.self_study import make_plan
+from compactor.self_study import QUESTION_TOKENS, WHOLE_TOKENS, make_plan
 from compactor.solve.budget import key_bytes
 from compactor.study import GRAM_BYTES, GRAM_ROWS, GREEDY_CHUNK
 
@@ -112,7 +112,12 @@ def reference_rows(job: Job) -> int:
 
 def self_study_tokens(job: Job) -> int:
     """Return the answer tokens of self-study that the method asks for."""
-    return job.self_study_tokens * (best.SELF_STUDY_FACTOR if job.settings.method == "best" else 1)
+    return job.self_study_tokens * self_study_rounds(job)
+
+
+def self_study_rounds(job: Job) -> int:
+    """Return how many questions the method asks about every passage."""
+    return best.SELF_STUDY_ROUNDS if job.settings.method == "best" else 1
 
 
 def kept_per_head(job: Job) -> float:
@@ -189,9 +194,10 @@ class Work:
         """Self-study: steps of a batch, and what every answer token costs in arithmetic."""
         if "self-study" not in self.job.settings.queries:
             return 0.0
-        tokens = self_study_tokens(self.job)
-        steps = make_plan(len(self.job.document_ids), tokens).answer_tokens
-        return steps * self.step_seconds + tokens * self.per_token / self.rate
+        tokens, rounds = self_study_tokens(self.job), self_study_rounds(self.job)
+        plan = make_plan(len(self.job.document_ids), tokens, rounds)
+        steps = rounds * (QUESTION_TOKENS + plan.answer_tokens) + (WHOLE_TOKENS if plan.num_whole else 0)
+        return steps * self.step_seconds + 2 * tokens * self.per_token / self.rate
 
     def select(self, rows: int) -> float:
         """One pass of exact attention, the scores once more, a Gram matrix of every chunk, and the greedy search."""

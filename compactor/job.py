@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from compactor.model import LoadedModel
 
 
-SELF_STUDY_BASE, SELF_STUDY_RATE = 576, 0.1875  # answer tokens: about the whole, and per document token
+# Answer tokens of self-study: about the whole, per document token, and of questions about passages at most.
+SELF_STUDY_BASE, SELF_STUDY_RATE, SELF_STUDY_MOST = 576, 2.0, 32_768
 
 
 @dataclass
@@ -60,10 +61,10 @@ class Job:
 
     @property
     def self_study_tokens(self) -> int:
-        """Answer tokens of self-study, all prompts together."""
+        """Answer tokens of self-study, all prompts together and at most; of one question about every passage."""
         if self.settings.self_study_tokens is not None:
             return self.settings.self_study_tokens
-        return SELF_STUDY_BASE + round(SELF_STUDY_RATE * len(self.document_ids))
+        return SELF_STUDY_BASE + min(SELF_STUDY_MOST, round(SELF_STUDY_RATE * len(self.document_ids)))
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -200,18 +200,59 @@ def exact_rows(
         grouped.flatten(1, 2), all_keys[:, prefix_length:], all_values[:, prefix_length:], scaling
     )
     document, document_lse = document.view(*shape, head_dim), document_lse.reshape(shape)
-    near, near_lse = torch.empty_like(document), torch.empty_like(document_lse)
-    for block in layer.packed.blocks(num_heads, queries.device, prefix_length):
-        own_keys = torch.cat([all_keys[:, :prefix_length], keys[:, block.locals]], dim=1).float()
-        own_values = torch.cat([all_values[:, :prefix_length], values[:, block.locals]], dim=1).float()
+    prefix = all_keys[:, :prefix_length], all_values[:, :prefix_length]
+    attend_near = near_fused if attention.is_fast(queries) else near_exact
+    near, near_lse = attend_near(layer.packed, grouped, keys, values, prefix, scaling)
+    out, lse = attention.merge(near, near_lse, document, document_lse)
+    return ExactRows(lse, document, document_lse, near, near_lse, out)
+
+
+def near_exact(
+    packed: Packed,
+    grouped: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to prefix and own segment in float32, block by block.
+
+    grouped (num_kv_heads, group, num_rows, head_dim); keys, values (num_kv_heads, num_rows, head_dim); prefix: keys and
+    values, (num_kv_heads, prefix_length, head_dim). Returns output and log-sum-exp, float32, by row of ``grouped``.
+    """
+    shape, (prefix_keys, prefix_values) = grouped.shape[:3], prefix
+    prefix_length = prefix_keys.shape[1]
+    near = torch.empty(grouped.shape, device=grouped.device)
+    near_lse = torch.empty(shape, device=grouped.device)
+    for block in packed.blocks(shape[0] * shape[1], grouped.device, prefix_length):
+        own_keys = torch.cat([prefix_keys, keys[:, block.locals]], dim=1).float()
+        own_values = torch.cat([prefix_values, values[:, block.locals]], dim=1).float()
         rows = (grouped[:, :, block.rows].float() * scaling).flatten(1, 2)
         scores = torch.bmm(rows, own_keys.mT).view(*shape[:2], block.last - block.first, -1)
         scores[..., prefix_length:].masked_fill_(block.hidden, -math.inf)
         lse = scores.logsumexp(-1)
         near[:, :, block.rows] = attention.weigh_values(scores.sub_(lse.unsqueeze(-1)).exp_(), own_values)
         near_lse[:, :, block.rows] = lse
-    out, lse = attention.merge(near, near_lse, document, document_lse)
-    return ExactRows(lse, document, document_lse, near, near_lse, out)
+    return near, near_lse
+
+
+def near_fused(
+    packed: Packed,
+    grouped: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same through PyTorch's fused attention, which takes all segments in one call; for `attention.is_fast`."""
+    starts = torch.tensor([0, *(last for _, last in packed.bounds)], dtype=torch.int32, device=grouped.device)
+    longest = max(last - first for first, last in packed.bounds)
+    own = attention.fused_segments(grouped.flatten(0, 1), keys, values, scaling, starts, longest)
+    out, lse = own[0].view(grouped.shape), own[1].reshape(grouped.shape[:3])
+    if prefix[0].shape[1]:
+        before, before_lse = attention.dense_attention(grouped.flatten(1, 2), *prefix, scaling)
+        out, lse = attention.merge(out, lse, before.view(grouped.shape), before_lse.reshape(grouped.shape[:3]))
+    return out, lse
 
 
 class WindowLayer(PackedLayer):

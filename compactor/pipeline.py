@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compactor import __version__
 from compactor.attach import CompactedCache
 from compactor.certificate import fidelity_report
-from compactor.config import CompactSettings
+from compactor.config import SUMMARISING, CompactSettings
 from compactor.curves import remove_stale_curves, save_curves
 from compactor.document import Document
 from compactor.errors import FidelityError
@@ -60,7 +60,7 @@ def compact_faithfully(study: Study, num_kept: int, require_kl: float) -> Compac
             return with_tried(cache, tried) if job.settings.grow else cache
         kept = tried[-1]["kept_keys"]
         job.reporter.note(f"KL {kl:.3g} nats per token with {kept:,} keys, above --require-kl {require_kl:g}.")
-    reached = size if job.settings.method == "summary" else kept  # a summary may stay below its size
+    reached = size if job.settings.method in SUMMARISING else kept  # a summary may stay below its size
     raise too_far(job, kl, require_kl, everything=reached >= every_key(job))
 
 
@@ -85,7 +85,7 @@ def held_out_kl(job: Job, cache: CompactedCache) -> float:
 
 def too_far(job: Job, kl: float, require_kl: float, *, everything: bool) -> FidelityError:
     """Return the error of a cache whose held-out KL is above what is required."""
-    in_words = job.settings.method == "summary"
+    in_words = job.settings.method in SUMMARISING
     remedy = "keep more (--keep-ratio, --target-tokens, --max-bytes) or give --grow"
     if job.settings.max_error is not None:
         remedy = "lower --max-error"

@@ -6,19 +6,22 @@ Rope positions are those of a question after the whole document, whether a row s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from compactor.reference_queries import stop_token_ids
 from compactor.shared_layers import Sections, SharedLayer
-from compactor.stepping import answer
+from compactor.stepping import Pick, answer, greedy
 
 if TYPE_CHECKING:
     from compactor.model import LoadedModel
     from compactor.prefill import Prefilled
 
 TOP_K = 64  # tokens that self-study chooses from at most; a partial sort of the vocabulary is enough
+GPU_TAIL_FRACTION = 1 / 8  # of a GPU's memory that the new tokens of a batch take
+CPU_TAIL_BYTES = 1 << 30
 
 
 class Nucleus:
@@ -61,42 +64,75 @@ def sample_answers(
     whole_prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
-    seed: int,
+    seed: int | None,
     top_p: float = 0.95,
     on_step: Callable[[int], None] = lambda _steps: None,
 ) -> list[list[int]]:
-    """Answer all prompts as one sampled batch over the full cache; answers come without their stop token.
+    """Answer all prompts over the full cache; answers come without their stop token.
 
     section_prompts: for every section of `Sections.of` the same number of prompts (token ids after the document);
     whole_prompts: prompts that see the whole document. Answers come in the order section by section, then whole.
-    Equal seeds give equal answers on one machine. The caller checks that prompt and answer fit the window.
+    Without a seed every token is the most likely one; equal seeds give equal answers on one machine. Prompts are one
+    batch, or several where the tails would take too much memory. The caller checks that prompt and answer fit the
+    window.
     """
-    prompts = [prompt for section in section_prompts for prompt in section] + list(whole_prompts)
-    sections = Sections.of(len(full.document_ids), max(1, len(section_prompts)))
-    rows_per_section = len(section_prompts[0]) if section_prompts else 0
-
-    def make_layers(padding: torch.Tensor, capacity: int) -> list[SharedLayer]:
-        return [
-            SharedLayer(
-                layer,
-                full.logical_length,
-                padding.to(layer.keys.device),
-                capacity,
-                prefix_length=full.prefix_length,
-                sections=sections,
-                rows_per_section=rows_per_section,
+    count, per_section = len(section_prompts), len(section_prompts[0]) if section_prompts else 0
+    sections = Sections.of(len(full.document_ids), max(1, count))
+    longest = max((len(one) for section in (*section_prompts, whole_prompts) for one in section), default=0)
+    most = max(1, rows_at_once(loaded, longest + max_new_tokens) // max(1, per_section))
+    answers: list[list[int]] = []
+    for first in range(0, max(1, count), most):
+        members = section_prompts[first : first + most]
+        last = first + most >= count
+        prompts = [prompt for section in members for prompt in section] + (list(whole_prompts) if last else [])
+        pick: Pick = greedy
+        if seed is not None:
+            pick = Nucleus(
+                len(prompts),
+                max(1, max_new_tokens),
+                top_p=top_p,
+                top_k=TOP_K,
+                seed=seed + first,
+                device=loaded.device,
             )
-            for layer in full.layers
-        ]
+        make_layers = partial(
+            shared_layers, full=full, sections=sections.run(first, len(members)), rows_per_section=per_section
+        )
+        answers += answer(
+            loaded,
+            make_layers,
+            full.logical_length,
+            prompts,
+            max_new_tokens,
+            pick,
+            stop_token_ids(loaded),
+            on_step=on_step,
+        )
+    return answers
 
-    pick = Nucleus(len(prompts), max(1, max_new_tokens), top_p=top_p, top_k=TOP_K, seed=seed, device=loaded.device)
-    return answer(
-        loaded,
-        make_layers,
-        full.logical_length,
-        prompts,
-        max_new_tokens,
-        pick,
-        stop_token_ids(loaded),
-        on_step=on_step,
-    )
+
+def shared_layers(
+    padding: torch.Tensor, capacity: int, *, full: Prefilled, sections: Sections, rows_per_section: int
+) -> list[SharedLayer]:
+    """Return layers in which the first rows see their section, the others the whole document."""
+    return [
+        SharedLayer(
+            layer,
+            full.logical_length,
+            padding.to(layer.keys.device),
+            capacity,
+            prefix_length=full.prefix_length,
+            sections=sections,
+            rows_per_section=rows_per_section,
+        )
+        for layer in full.layers
+    ]
+
+
+def rows_at_once(loaded: LoadedModel, length: int) -> int:
+    """Return how many sequences of ``length`` new tokens a batch may have."""
+    per_token = 2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * loaded.dtype.itemsize
+    total = CPU_TAIL_BYTES
+    if loaded.device.type == "cuda":
+        total = int(torch.cuda.get_device_properties(loaded.device).total_memory * GPU_TAIL_FRACTION)
+    return max(1, total // (per_token * max(1, length)))

@@ -1,14 +1,17 @@
 """Knows what the model is asked about a document so that its queries cover it: self-study. Knows no solver.
 
 Attention Matching (arXiv 2602.16284) and Cartridges (arXiv 2506.06266) let the model talk about the document and keep
-the queries that it makes on the way. Here it does so section by section, so that no part is left out, and about the
-whole; all prompts are one batch (sampling.py). Every answer is replayed after the whole document when queries are
-collected, whatever its sampling saw.
+the queries that it makes on the way. Here it writes a question about every passage, a sentence or so, and answers it as
+a user would be answered; and it writes about the whole. A fact that nobody asked for is a fact whose queries nobody has
+seen. Every answer is replayed after the whole document when queries are collected, whatever its sampling saw.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from compactor.prompt import encode_plain
@@ -17,6 +20,8 @@ from compactor.shared_layers import Sections
 from compactor.types import Reporter, Segment
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from compactor.model import LoadedModel
     from compactor.prefill import Prefilled
     from compactor.prompt import Prompt
@@ -29,42 +34,37 @@ WHOLE_PROMPTS = (
     "Write ten short question and answer pairs that test detailed knowledge of the context above.",
     "Summarise the context above, section by section.",
 )
-SECTION_PROMPTS = {
-    "questions": "Write short question and answer pairs, one for every sentence of the passage that begins with these "
-    "words: ",
-    "facts": "List every fact, one per line with who, what, where and when, of the passage that begins with these "
-    "words: ",
-    "restate": "Say in other words, sentence by sentence, the passage that begins with these words: ",
-    "structure": "Write as JSON every name, thing, place, date and number, and how they belong together, of the "
-    "passage that begins with these words: ",
-}
-SECTION_TOKENS = 512  # document tokens of a section
-ANSWER_TOKENS = 96  # of each prompt, unless there are too few for one prompt a section
-QUOTED_TOKENS = 12  # of the section's beginning that name it
+PASSAGE_PROMPT = "Write one short question that this passage of the context answers. Write the question only. Passage: "
+PLAIN_PROMPT = "How does the context go on after these words: "  # where it asks none
+QUOTED_TOKENS = 12  # of the passage, that say which one is meant
+SECTION_TOKENS = 512  # document tokens that a question about a passage sees around it, and its answer too
+QUESTION_TOKENS, ANSWER_TOKENS = 32, 32  # of a question about a passage and of its answer, at most
+WHOLE_TOKENS = 96  # of an answer to a prompt about the whole
+WHOLE_SHARE = 0.25  # of all answer tokens that these may take
+LEAST_PASSAGE, MOST_PASSAGE = 8, 48  # tokens: shorter sentences are joined, longer ones cut
+UNEVEN = 1.5  # passages of a section over the average, at most; neighbours are joined until then
 REPEATED_TOKENS = 16  # an answer ends where so many tokens come again: small models go round in circles
+SENTENCE_ENDS = ".!?;\u3002\uff01\uff1f\uff1b"  # the last four are Chinese and Japanese
+QUESTION_ENDS = ("?", "\uff1f", "\u061f", ";", "\u037e")  # also Chinese, Arabic and Greek ones
+CLOSING = "\"')]}\u00bb\u201d\u2019\u300d\u300f"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many prompts there are and how long the answers may be."""
+    """How many questions there are at most."""
 
-    num_sections: int
-    prompts_per_section: int
-    num_whole: int
-    answer_tokens: int
+    num_passages: int  # each is asked about once a round
+    num_whole: int  # prompts about the whole
+    answer_tokens: int  # of an answer about a passage, at most
+    rounds: int = 1  # questions about every passage
 
 
-def make_plan(num_document: int, total_tokens: int) -> Plan:
-    """Share ``total_tokens`` answer tokens: first a prompt a section, then those about the whole, then more a section.
-
-    With fewer tokens than sections deserve, sections are fewer and longer.
-    """
-    answers = max(1, total_tokens // ANSWER_TOKENS)
+def make_plan(num_document: int, total_tokens: int, rounds: int = 1) -> Plan:
+    """Share ``total_tokens`` answer tokens: a quarter at most for prompts about the whole, the rest for passages."""
+    num_whole = min(len(WHOLE_PROMPTS), int(WHOLE_SHARE * total_tokens) // WHOLE_TOKENS)
     answer_tokens = min(ANSWER_TOKENS, total_tokens)
-    num_sections = min(answers, max(1, round(num_document / SECTION_TOKENS)))
-    num_whole = min(len(WHOLE_PROMPTS), max(0, answers - num_sections))
-    prompts_per_section = max(1, (answers - num_whole) // num_sections)
-    return Plan(num_sections, prompts_per_section, num_whole, answer_tokens)
+    left = (total_tokens - num_whole * WHOLE_TOKENS) // (rounds * answer_tokens)
+    return Plan(max(1, min(left, num_document)), num_whole, answer_tokens, rounds)
 
 
 def self_study_segments(
@@ -72,48 +72,142 @@ def self_study_segments(
     prefilled: Prefilled,
     prompt: Prompt,
     *,
-    total_tokens: int,
+    plan: Plan,
     room: int,
     seed: int,
     reporter: Reporter,
 ) -> list[Segment]:
-    """Let the model answer the self-study prompts with the full cache, as one sampled batch; return prompt and answer.
+    """Let the model question itself about every passage and write about the whole, with the full cache; return
+    questions with their answers.
 
-    total_tokens: answer tokens over all prompts together; room: tokens of the window that prompt and answer may take.
-    Answers that go round in circles are cut, repeated ones left out. Equal seeds give equal segments on one machine.
+    room: tokens of the window that question and answer may take. The first question about a passage and all answers to
+    questions are greedy, further questions and what is written about the whole are sampled. Answers that go round in
+    circles are cut, repeated questions left out. Equal seeds give equal segments on one machine.
     """
-    plan = make_plan(len(prefilled.document_ids), total_tokens)
-    by_section = section_prompts(prompt, prefilled.document_ids, plan)
+    by_section = passages_by_section(prompt.tokenizer, prefilled.document_ids, plan.num_passages)
+    asking = [[passage_prompt(prompt, passage) for passage in section] for section in by_section]
     whole = [prompt.question_ids(text) for text in WHOLE_PROMPTS[: plan.num_whole]]
-    prompts = [ids for section in by_section for ids in section] + whole
-    max_new_tokens = min(plan.answer_tokens, room - max(map(len, prompts)))
-    if max_new_tokens < 1:
+    longest = max(len(ids) for section in asking for ids in section)
+    most_asked = min(QUESTION_TOKENS, room - longest)
+    if most_asked < 1:
         return []
-    with reporter.phase("self-study", max_new_tokens, "steps") as advance:
-        answers = sample_answers(
-            loaded, prefilled, by_section, whole, max_new_tokens=max_new_tokens, seed=seed, on_step=advance
-        )
     segments: dict[tuple[int, ...], Segment] = {}
-    for question, answer in zip(prompts, answers, strict=True):
-        unique = tuple(until_repetition(answer))
-        segments.setdefault(unique, Segment((*question, *unique), "self-study", len(question)))
+
+    def take(questions: list[list[int]], answers: list[list[int]]) -> None:
+        for question, answer in zip(questions, answers, strict=True):
+            unique = tuple(until_repetition(answer))
+            segments.setdefault(tuple(question), Segment((*question, *unique), "self-study", len(question)))
+
+    most_whole = min(WHOLE_TOKENS, room - max(map(len, whole), default=0))
+    steps = plan.rounds * (most_asked + plan.answer_tokens) + (most_whole if whole and most_whole > 0 else 0)
+    with reporter.phase("self-study", steps, "steps") as advance:
+        answer = partial(sample_answers, loaded, prefilled, on_step=advance)
+        for turn in range(plan.rounds):
+            texts = answer(padded(asking), [], max_new_tokens=most_asked, seed=seed + turn if turn else None)
+            questions = question_prompts(prompt, by_section, texts)
+            most = min(plan.answer_tokens, room - max((len(ids) for one in questions for ids in one), default=0))
+            if most < 1:
+                continue
+            answers = answer(padded(questions), [], max_new_tokens=most, seed=None)
+            rows = max(map(len, questions))
+            for index, asked in enumerate(questions):
+                take(asked, answers[index * rows : index * rows + len(asked)])
+        if whole and most_whole > 0:
+            take(whole, answer([], whole, max_new_tokens=most_whole, seed=seed))
     return list(segments.values())
 
 
-def section_prompts(prompt: Prompt, document_ids: list[int], plan: Plan) -> list[list[list[int]]]:
-    """Return for every section its prompts; the kinds take turns from section to section."""
-    sections = Sections.of(len(document_ids), plan.num_sections)
-    kinds = list(SECTION_PROMPTS.values())
-    result = []
-    for index in range(sections.count):
-        start = index * sections.step
-        quoted = document_ids[start : start + QUOTED_TOKENS]
-        asked = []
-        for turn in range(plan.prompts_per_section):
-            text = kinds[(index + turn) % len(kinds)]
-            asked.append([*encode_plain(prompt.tokenizer, "\n\n" + text), *quoted, *prompt.suffix_ids])
-        result.append(asked)
+def passage_prompt(prompt: Prompt, passage: Sequence[int]) -> list[int]:
+    """Return the ids that ask for a question about a passage."""
+    return [*encode_plain(prompt.tokenizer, "\n\n" + PASSAGE_PROMPT), *passage, *prompt.suffix_ids]
+
+
+def question_prompts(
+    prompt: Prompt, by_section: Sequence[Sequence[Sequence[int]]], texts: Sequence[Sequence[int]]
+) -> list[list[list[int]]]:
+    """Return what is asked about each section, ready to be answered: the first line of each text, once.
+
+    texts: tokens, one a row of `padded`. Where the model wrote no question, what follows the passage's first words is
+    asked.
+    """
+    rows, result = max(map(len, by_section)), []
+    for index, section in enumerate(by_section):
+        asked: dict[tuple[int, ...], None] = {}
+        for passage, text in zip(section, texts[index * rows :], strict=False):
+            lines = str(prompt.tokenizer.decode(list(text), skip_special_tokens=True)).strip().splitlines()
+            if lines and lines[0].rstrip().endswith(QUESTION_ENDS):
+                question = prompt.question_ids(lines[0].strip())
+            else:
+                words = passage[: min(QUOTED_TOKENS, (len(passage) + 1) // 2)]
+                question = [*encode_plain(prompt.tokenizer, "\n\n" + PLAIN_PROMPT), *words, *prompt.suffix_ids]
+            asked[tuple(question)] = None
+        result.append([list(question) for question in asked])
     return result
+
+
+def padded(sections: Sequence[Sequence[list[int]]]) -> list[list[list[int]]]:
+    """Return as many prompts for every section as the fullest has; a prompt of the batch fills up."""
+    rows = max(map(len, sections))
+    filling = next(prompt for section in sections for prompt in section)
+    return [[*section, *[filling] * (rows - len(section))] for section in sections]
+
+
+def passages_by_section(
+    tokenizer: PreTrainedTokenizerBase, document_ids: Sequence[int], most: int
+) -> list[list[list[int]]]:
+    """Cut a document into at most ``most`` passages and return those that begin in each section of
+    `SECTION_TOKENS` or so; the sections are those of `Sections.of`, and none is empty."""
+    passages = cut_passages(tokenizer, document_ids, most)
+    count = max(1, min(len(passages), round(len(document_ids) / SECTION_TOKENS)))
+    step = Sections.of(len(document_ids), count).step
+    result: list[list[list[int]]] = [[] for _ in range(count)]
+    start = 0
+    for passage in passages:
+        result[min(start // step, count - 1)].append(passage)
+        start += len(passage)
+    if not all(result):  # a passage of several sections: few and long ones are not worth sections
+        return [passages]
+    return [joined(section, math.ceil(UNEVEN * len(passages) / count)) for section in result]
+
+
+def joined(passages: list[list[int]], most: int) -> list[list[int]]:
+    """Join the shortest pair of neighbours until there are at most ``most``."""
+    while len(passages) > most:
+        at = min(range(len(passages) - 1), key=lambda i: len(passages[i]) + len(passages[i + 1]))
+        passages = [*passages[:at], passages[at] + passages[at + 1], *passages[at + 2 :]]
+    return passages
+
+
+def cut_passages(tokenizer: PreTrainedTokenizerBase, document_ids: Sequence[int], most: int) -> list[list[int]]:
+    """Cut a document at ends of sentences and lines into at most ``most`` passages that cover it."""
+    if not document_ids:
+        return []
+    ends = sentence_ends(tokenizer, document_ids)
+    least, longest = LEAST_PASSAGE, MOST_PASSAGE
+    while True:
+        passages: list[list[int]] = [[]]
+        closed = False
+        for token, is_end in zip(document_ids, ends, strict=True):
+            if passages[-1] and (len(passages[-1]) >= longest or (len(passages[-1]) >= least and closed)):
+                passages.append([])
+            passages[-1].append(token)
+            closed = is_end
+        if len(passages) <= most:
+            return passages
+        least, longest = least + max(1, least // 8), longest + max(1, longest // 8)
+
+
+def sentence_ends(tokenizer: PreTrainedTokenizerBase, document_ids: Sequence[int]) -> list[bool]:
+    """Return for each token whether a sentence or a line ends with it; closing quotes and brackets belong to it."""
+    texts = {token: str(tokenizer.decode([token])) for token in set(document_ids)}
+    ends, over = [], False  # over: since the last letter or digit there was an end
+    for token, following in zip(document_ids, [*document_ids[1:], None], strict=True):
+        text, after = texts[token], "" if following is None else texts[following]
+        word = text.rstrip().rstrip(CLOSING)
+        over = word.endswith(tuple(SENTENCE_ENDS)) if word else over
+        goes_on = after[:1].isdigit() or (bool(after) and not after.rstrip().rstrip(CLOSING) and not after.isspace())
+        ends.append("\n" in text or (over and not goes_on))
+    return ends
 
 
 def until_repetition(tokens: list[int]) -> list[int]:

@@ -7,7 +7,7 @@ before them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,17 +19,22 @@ from compactor.types import LayerCache
 
 @dataclass(frozen=True)
 class Sections:
-    """A document cut into equally long sections that overlap by a few tokens and cover it."""
+    """A document cut into equally long sections that overlap by a few tokens and cover it; or a run of them."""
 
     count: int
     step: int  # tokens between two starts
     size: int  # tokens of each
+    first: int = 0  # index of the first of the run
 
     @classmethod
     def of(cls, num_document: int, count: int) -> Sections:
         """Cut ``num_document`` tokens into ``count`` sections."""
         step = num_document // count
         return cls(count, step, num_document - (count - 1) * step)
+
+    def run(self, first: int, count: int) -> Sections:
+        """Return ``count`` neighbours from section ``first`` on."""
+        return replace(self, first=self.first + first, count=count)
 
 
 class SharedLayer(AttendingCacheLayer):
@@ -61,8 +66,9 @@ class SharedLayer(AttendingCacheLayer):
         if sections is not None and self.num_section_rows:
             keys, values = (part[0] for part in dense_heads(document))
             self.prefix = keys[:, :prefix_length], values[:, :prefix_length]
+            run = slice(sections.first, sections.first + sections.count)
             self.section_keys, self.section_values = (
-                part[:, prefix_length:].unfold(1, sections.size, sections.step).transpose(2, 3).flatten(0, 1)
+                part[:, prefix_length:].unfold(1, sections.size, sections.step)[:, run].transpose(2, 3).flatten(0, 1)
                 for part in (keys, values)
             )  # (num_kv_heads * count, size, head_dim)
 

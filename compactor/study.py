@@ -17,7 +17,7 @@ from compactor.job import Job, keeps_everything
 from compactor.packed import Packed, PackedLayer, WindowLayer, groups, pack, run_packed
 from compactor.prefill import CONTEXT_SPAN, Prefilled, prefill
 from compactor.reference_queries import repeat_segments
-from compactor.self_study import self_study_segments
+from compactor.self_study import make_plan, self_study_segments
 from compactor.solve.chunk_grams import ChunkGrams, GramLayer, add_diagonal
 from compactor.solve.fit import FitInputs, FitLayer
 from compactor.solve.key_scores import KeySums, ScoreLayer
@@ -46,6 +46,7 @@ class Study:
     job: Job
     full: Prefilled
     statistics: dict[Hashable, object] = field(default_factory=dict)
+    asked: set[tuple[int, ...]] = field(default_factory=set)  # the questions of all segments that were made
 
     def once(self, key: Hashable, make: Callable[[], Statistic]) -> Statistic:
         """Return the statistic ``key``, made by ``make`` the first time: several methods and sizes share it."""
@@ -57,16 +58,21 @@ class Study:
     def segments(self) -> list[Segment]:
         """The reference segments that follow the document: repeat pass and self-study, as the settings ask."""
         with self.job.timed("ask"):
-            return [] if keeps_everything(self.job) else ask(self.job, self.full)
+            return [] if keeps_everything(self.job) else self._ask(1)
 
-    def more_segments(self, factor: int) -> list[Segment]:
-        """Return the same with ``factor`` times the self-study."""
+    def more_segments(self, rounds: int) -> list[Segment]:
+        """Return the same with ``rounds`` questions about every passage."""
 
         def make() -> list[Segment]:
             with self.job.timed("ask"):
-                return ask(self.job, self.full, factor * self.job.self_study_tokens)
+                return self._ask(rounds)
 
-        return [] if keeps_everything(self.job) else self.once(("segments", factor), make)
+        return [] if keeps_everything(self.job) else self.once(("segments", rounds), make)
+
+    def _ask(self, rounds: int) -> list[Segment]:
+        segments = ask(self.job, self.full, rounds)
+        self.asked.update(segment.token_ids[: segment.answer_start] for segment in segments)
+        return segments
 
     def run_layers(self, segments: Sequence[Segment], phase: str, make: MakeLayer) -> None:
         """Send segments through the model side by side.
@@ -106,8 +112,8 @@ def prefill_document(job: Job) -> Prefilled:
         )
 
 
-def ask(job: Job, full: Prefilled, self_study_tokens: int | None = None) -> list[Segment]:
-    """Return the reference segments that follow the document.
+def ask(job: Job, full: Prefilled, rounds: int = 1) -> list[Segment]:
+    """Return the reference segments that follow the document; ``rounds``: questions about every passage.
 
     Where the sources that were asked for give no row at all (a document of one context span, a window without room for
     self-study) the repeat pass takes their place: without queries every choice of keys would be arbitrary.
@@ -122,7 +128,7 @@ def ask(job: Job, full: Prefilled, self_study_tokens: int | None = None) -> list
             job.loaded,
             full,
             job.prompt,
-            total_tokens=self_study_tokens or job.self_study_tokens,
+            plan=make_plan(len(job.document_ids), rounds * job.self_study_tokens, rounds),
             room=room,
             seed=settings.seed,
             reporter=job.reporter,

@@ -21,7 +21,7 @@ from compactor import certificate, console, self_study
 from compactor.attach import attach_layers, load
 from compactor.certificate import HeldOut, fidelity_report, make_held_out
 from compactor.cli.inspect import show_fidelity
-from compactor.config import CompactSettings
+from compactor.config import SUMMARISING, CompactSettings
 from compactor.document import Document, make_document
 from compactor.errors import FidelityError
 from compactor.fidelity import ComparedLayer, Exchange, Fidelity, answer_log_probs, compare
@@ -250,7 +250,7 @@ def test_no_fit_has_seen_a_held_out_question(tmp_path: Path) -> None:
         for segment in study.segments:
             assert segment.token_ids[: len(question)] != question
     ours = {certificate.SECTION_PROMPT, certificate.PLAIN_QUESTION, *certificate.FIXED_QUESTIONS}
-    theirs = {*self_study.WHOLE_PROMPTS, *self_study.SECTION_PROMPTS.values()}
+    theirs = {*self_study.WHOLE_PROMPTS, self_study.PASSAGE_PROMPT, self_study.PLAIN_PROMPT}
     assert not {text.split("{")[0] for text in ours} & {text.split("{")[0] for text in theirs}
 
 
@@ -413,10 +413,13 @@ def test_grow_ends_at_the_full_cache(tmp_path: Path) -> None:
         compact(document(), loaded, settings)
 
 
+@pytest.mark.parametrize("method", SUMMARISING)
 @pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
-def test_a_summary_that_is_too_far_is_called_one_and_never_keeps_every_key(keep_ratio: float, tmp_path: Path) -> None:
+def test_a_summary_that_is_too_far_is_called_one_and_never_keeps_every_key(
+    keep_ratio: float, method: str, tmp_path: Path
+) -> None:
     loaded = study_of(tmp_path).job.loaded
-    settings = CompactSettings(method="summary", keep_ratio=keep_ratio, require_kl=1e-12)
+    settings = CompactSettings(method=method, keep_ratio=keep_ratio, require_kl=1e-12)
     with pytest.raises(FidelityError, match=r"^The summary of lease is .* away from the full cache") as caught:
         compact(document(), loaded, settings)
     longest = keep_ratio == 1.0

@@ -3,6 +3,7 @@ path, also where scores are in the thousands."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,26 @@ def fused(
     return out.to(query.dtype).float(), lse
 
 
+def fused_segments(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, starts: torch.Tensor, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of segments that lie one after another."""
+    group = query.shape[0] // keys.shape[0]
+    keys, values = (part.repeat_interleave(group, dim=0) for part in (keys, values))
+    spans = [slice(int(first), int(last)) for first, last in pairwise(starts)]
+    assert max(span.stop - span.start for span in spans) == longest
+    parts = [fused(query[:, s], keys[:, s], values[:, s], scaling, causal=True) for s in spans]
+    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+
+
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the half-precision path on the CPU, its three primitives written out."""
+    """Take the half-precision path on the CPU, its four primitives written out."""
     monkeypatch.setattr(attention, "is_fast", lambda query: query.dtype in (torch.float16, torch.bfloat16))
     monkeypatch.setattr(attention, "half_product", product)
     monkeypatch.setattr(gram, "half_product", product)
     monkeypatch.setattr(attention, "fused_attention", fused)
+    monkeypatch.setattr(attention, "fused_segments", fused_segments)
 
 
 def loaded_in(folder: Path, dtype: str) -> LoadedModel:

@@ -16,12 +16,16 @@ import scipy.optimize
 import torch
 from tiny_models import make_tiny
 
+from compactor import prefill as prefill_module
+from compactor import study as study_module
 from compactor.attach import attach_layers, dense_heads, load
-from compactor.config import BASELINES, METHOD_QUERIES, METHOD_SETTINGS, METHODS, CompactSettings
+from compactor.config import BASELINES, METHOD_QUERIES, METHOD_SETTINGS, METHODS, SUMMARISING, CompactSettings
 from compactor.document import make_document
 from compactor.errors import DocumentError, SettingsError
+from compactor.evaluate.metering import MeteredStudy
 from compactor.job import prepare, target_total
 from compactor.methods import Compacted, attention_matching_omp, get_method, kvzip, method_module
+from compactor.methods import summary as summary_module
 from compactor.methods.attention_matching import Head, MatchLayer, fit_values, mass_system
 from compactor.methods.attention_matching_omp import PursuitLayer, pursue
 from compactor.methods.attention_matching_rms import RmsLayer, fit_biases
@@ -30,9 +34,13 @@ from compactor.methods.h2o import heavy_and_recent
 from compactor.methods.keeping import keep_chosen, plain_tokens, uniform_counts
 from compactor.methods.snapkv import window_and_past
 from compactor.methods.streaming import sinks_and_window
+from compactor.methods.summary import longest_summary
+from compactor.methods.summary_compacted import FACTOR
 from compactor.methods.truncation import first_tokens
 from compactor.model import LoadedModel, load_model
+from compactor.pipeline import compact as run
 from compactor.pipeline import compact_study
+from compactor.prompt import encode_plain
 from compactor.solve.budget import key_bytes
 from compactor.study import Study, prefill_document
 from compactor.types import LayerCache
@@ -141,16 +149,17 @@ def test_every_method_has_a_module_a_summary_and_a_function(method: str) -> None
 
 
 class Watched(CompactSettings):
-    """Settings that remember which of the options that not every method uses were looked at."""
+    """Settings that remember which of the options that not every method uses were looked at; copies do not."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in OPTIONS:
+        if name in OPTIONS and self is WATCHED[-1]:
             READ.add(name)
         return super().__getattribute__(name)
 
 
 OPTIONS = {name for names in METHOD_SETTINGS.values() for name in names} - {"max_error"}  # every size is asked for it
 READ: set[str] = set()
+WATCHED: list[CompactSettings | None] = [None]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,6 +167,7 @@ def test_the_table_of_settings_says_what_every_method_looks_at(method: str, leas
     fields = {**vars(lease.job.settings), "self_study_tokens": None, "queries": ()}
     study = Study(replace(lease.job, settings=Watched(**fields)), lease.full)
     READ.clear()
+    WATCHED.append(study.job.settings)
     compact(study, method)
     assert set(METHOD_SETTINGS.get(method, ())) & OPTIONS == READ
 
@@ -199,6 +209,10 @@ def test_every_method_keeps_at_most_the_bytes_that_were_asked(
         assert kept * plain_key <= asked
         if method == "truncation":
             assert asked < (kept + all_heads(study)) * plain_key
+    elif method == "summary-compacted":
+        tokens = compacted.report["summary_tokens"]
+        assert plain_tokens(study, num_kept) < tokens <= plain_tokens(study, FACTOR * num_kept)
+        assert kept == num_kept < all_heads(study) * tokens
     else:
         assert num_kept - (method == "attention-matching-omp") * num_kept // 5 <= kept <= num_kept
     for index, (layer, full) in enumerate(zip(compacted.layers, study.full.layers, strict=True)):
@@ -206,7 +220,7 @@ def test_every_method_keeps_at_most_the_bytes_that_were_asked(
         assert layer.biases.dtype == torch.float32 and torch.isfinite(layer.biases).all()
         assert torch.isfinite(layer.values).all()
         if layer.sliding_window is not None:
-            assert method in ("truncation", "summary") or torch.equal(layer.keys, full.keys)
+            assert method in ("truncation", *SUMMARISING) or torch.equal(layer.keys, full.keys)
             continue
         for head in range(layer.num_kv_heads):
             rows = slice(int(layer.offsets[head]), int(layer.offsets[head + 1]))
@@ -214,7 +228,7 @@ def test_every_method_keeps_at_most_the_bytes_that_were_asked(
             assert positions[:prefix].tolist() == list(range(prefix))
             assert (positions.diff() > 0).all() and int(positions[-1]) < compacted.logical_length
             assert not layer.biases[rows][:prefix].any()
-            if method != "summary":
+            if method not in SUMMARISING:
                 true = dense_heads(study.full.layers[index])[0][0, head][positions.long()]
                 is_refined = method in ("balanced", "best")  # kept keys move; the prefix is what it was
                 own = layer.keys[rows][:prefix] if is_refined else layer.keys[rows]
@@ -229,7 +243,7 @@ def test_max_bytes_bounds_the_file_of_every_method(method: str, models: Callable
     assert 40_000 < sum(layer.nbytes for layer in compacted.layers) <= 60_000
 
 
-@pytest.mark.parametrize("method", [name for name in BASELINES if name != "summary"])
+@pytest.mark.parametrize("method", [name for name in BASELINES if name not in SUMMARISING])
 def test_keeping_everything_is_the_full_cache(method: str, lease: Study) -> None:
     compacted = compact(lease, method, all_heads(lease) * len(lease.job.document_ids))
     assert compacted.logical_length == lease.full.logical_length
@@ -300,7 +314,7 @@ def test_the_file_of_every_method_loads_and_answers_alike(
     cache.save(tmp_path / "doc.kv")
     again = load(tmp_path / "doc.kv")
     assert again.metadata.document_tokens == len(study.job.document_ids)
-    shorter = method in ("truncation", "summary")
+    shorter = method in ("truncation", *SUMMARISING)
     assert again.metadata.logical_length < study.full.logical_length or not shorter
     outputs = []
     for one in (cache, again):
@@ -474,11 +488,125 @@ def test_a_summary_is_the_cache_of_its_own_tokens(
     torch.testing.assert_close(answer_logits(study.job.loaded, compacted), expected, atol=3e-4, rtol=3e-4)
 
 
-def test_a_window_without_room_for_the_request_is_refused(tmp_path: Path, models: Callable[[str], LoadedModel]) -> None:
+@pytest.mark.parametrize("method", SUMMARISING)
+def test_a_window_without_room_for_the_request_is_refused(
+    method: str, tmp_path: Path, models: Callable[[str], LoadedModel]
+) -> None:
     length = study_of(models("llama")).full.logical_length
     narrow = load_model(str(make_tiny("llama", tmp_path / "narrow", window=length + 65)), device="cpu")
     with pytest.raises(DocumentError, match="too few to ask for a summary"):
-        compact(study_of(narrow, reserve=64), "summary")
+        compact(study_of(narrow, reserve=64), method)
+
+
+@pytest.mark.parametrize("max_tokens", [3, 40, 100_000])
+def test_a_summary_is_asked_for_as_long_as_the_window_has_room_for(max_tokens: int, lease: Study) -> None:
+    job = lease.job
+    most = longest_summary(job, max_tokens)
+    assert most + len(summary_module.request(job, most)) <= job.room
+    assert most == max_tokens or most + 3 + len(summary_module.request(job, most)) >= job.room  # a number's digits
+    for room in range(len(summary_module.request(job, 1)) + 8):
+        narrow = replace(job, loaded=replace(job.loaded, window=job.loaded.window - job.room + room))
+        try:
+            most = longest_summary(narrow, max_tokens)
+        except DocumentError:
+            assert room <= len(summary_module.request(job, max_tokens))
+        else:
+            assert 1 <= most <= max_tokens and most + len(summary_module.request(narrow, most)) <= room
+
+
+# ------------------------------------------------------------------------------------------- summary-compacted
+
+
+SUMMARY = "Rent is due on the first day of each month. The tenant pays repairs under 150 euros. Clause 7 says so."
+
+
+def writes(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, text: str) -> list[int]:
+    """Let the model summarise every document as ``text``; return its tokens."""
+    tokens = encode_plain(loaded.tokenizer, text)
+    monkeypatch.setattr(summary_module, "answer_after", lambda *_arguments: [list(tokens)])
+    return tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_compacted_summary_is_what_balanced_makes_of_the_summary_as_a_document(
+    family: str, models: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle is the whole pipeline on a document that says what the summary says, its own queries among others."""
+    for module in (prefill_module, study_module):
+        monkeypatch.setattr(module, "CONTEXT_SPAN", 8)
+    study = study_of(models(family), copies=3, method="summary-compacted", keep_ratio=0.06, refine_steps=8)
+    tokens = writes(monkeypatch, study.job.loaded, SUMMARY)
+    num_kept, heads = target_total(study.job), all_heads(study)
+    assert plain_tokens(study, num_kept) < len(tokens) < len(study.job.document_ids)
+    cache = compact_study(study, num_kept)
+    settings = replace(study.job.settings, method="balanced", keep_ratio=num_kept / (heads * len(tokens)))
+    expected = run(make_document("summary", SUMMARY), study.job.loaded, settings)
+    assert cache.metadata.logical_length == expected.metadata.logical_length
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        for name, tensor in layer.tensors().items():
+            assert torch.equal(tensor, other.tensors()[name]), name
+    assert any(layer.biases.any() for layer in cache.layers)
+    said, of_oracle = cache.metadata.report, expected.metadata.report
+    assert said["kept_keys"] == of_oracle["kept_keys"] == num_kept
+    assert said["document_keys"] == heads * len(study.job.document_ids)
+    assert said["summary_tokens"] == len(tokens)
+    assert said["reconstruction_error"] == of_oracle["reconstruction_error"] > 0
+    assert said["reference_rows"] == of_oracle["reference_rows"]
+    assert said["reference_rows"]["context"] == len(tokens) - 8 > 0
+    assert "predicted_damage" not in said  # which would be that of the summary alone
+    assert list(said["seconds"]) == ["prefill", "summarise", "ask", "select", "budget", "fit"]
+
+
+@pytest.mark.parametrize("method", SUMMARISING)
+def test_a_summary_that_fits_as_it_is_is_kept_whole(
+    method: str, models: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(models("llama"), copies=1)
+    tokens = writes(monkeypatch, study.job.loaded, SUMMARY)
+    sizes = range(all_heads(study), all_heads(study) * len(study.job.document_ids))
+    fits = next(size for size in sizes if plain_tokens(study, size) == len(tokens))
+    compacted = compact(study, method, fits)
+    assert compacted.report == {"summary_tokens": len(tokens)}
+    assert kept_keys(study, compacted) == all_heads(study) * len(tokens)
+    expected = logits_after(study.job.loaded, [*study.job.prompt.prefix_ids, *tokens])
+    torch.testing.assert_close(answer_logits(study.job.loaded, compacted), expected, atol=3e-4, rtol=3e-4)
+    if method == "summary-compacted":  # one key less, and there is something to choose
+        assert kept_keys(study, compact(study, method, fits - 1)) == fits - 1
+
+
+def test_at_full_size_both_summaries_are_one(lease: Study) -> None:
+    everything = all_heads(lease) * len(lease.job.document_ids)
+    plain, compacted = (compact(lease, method, everything) for method in SUMMARISING)
+    assert plain.report == compacted.report and plain.logical_length == compacted.logical_length
+    for layer, other in zip(plain.layers, compacted.layers, strict=True):
+        assert all(torch.equal(layer.tensors()[name], other.tensors()[name]) for name in layer.tensors())
+
+
+def test_a_compacted_summary_is_the_plain_summary_of_a_larger_size(models: Callable[[str], LoadedModel]) -> None:
+    """Of `FACTOR` times the bytes: it is written once for both."""
+    study = study_of(models("llama"))
+    small = 2 * all_heads(study)
+    compacted, plain = compact(study, "summary-compacted", small), compact(study, "summary", FACTOR * small)
+    written = [key for key in study.statistics if isinstance(key, tuple) and key[0] == "summary"]
+    assert written == [("summary", plain_tokens(study, FACTOR * small))]
+    assert compacted.logical_length == plain.logical_length
+    assert kept_keys(study, compacted) == small < kept_keys(study, plain)
+
+
+def test_sizes_with_equal_summaries_share_all_passes_but_the_fit(models: Callable[[str], LoadedModel]) -> None:
+    """As the meter of `compactor eval` sees it: what is shared is counted as shared for whoever uses it."""
+    alone = study_of(models("llama"), copies=1, refine_steps=4)
+    study = MeteredStudy(alone.job, alone.full)
+    everything = all_heads(study) * len(study.job.document_ids)
+    first, cost = study.measure(lambda: compact(study, "summary-compacted", everything // 2))
+    made = set(study.statistics)
+    second, again = study.measure(lambda: compact(study, "summary-compacted", everything // 3))
+    assert set(study.statistics) == made and len(made) == 4  # summary, its prefill, its segments, its order
+    assert cost.shared_s == again.shared_s == sum(study.seconds.values()) > 0
+    assert kept_keys(study, first) == everything // 2 and kept_keys(study, second) == everything // 3
+    assert "segments" not in vars(study)  # the document itself is asked nothing
+    for layer, other in zip(second.layers, compact(alone, "summary-compacted", everything // 3).layers, strict=True):
+        assert all(torch.equal(layer.tensors()[name], other.tensors()[name]) for name in layer.tensors())
 
 
 # ------------------------------------------------------------------------------------------- attention matching

@@ -19,7 +19,7 @@ from compactor.document import make_document
 from compactor.errors import NumericalError
 from compactor.job import Job, prepare
 from compactor.methods import Compacted, get_method, ours
-from compactor.methods.best import SELF_STUDY_FACTOR
+from compactor.methods.best import SELF_STUDY_ROUNDS
 from compactor.methods.fast import sample_pieces
 from compactor.methods.ours import first_size, remaining_gains
 from compactor.model import LoadedModel, load_model
@@ -236,15 +236,15 @@ def test_fast_is_greedy_where_the_documents_own_queries_say_nothing(
 
 
 def test_best_studies_more_than_balanced_and_shares_its_repeat_pass(tiny: LoadedModel) -> None:
-    study = study_of(tiny, self_study_tokens=200)
-    more = study.more_segments(SELF_STUDY_FACTOR)
+    study = study_of(tiny, self_study_tokens=800)
+    more = study.more_segments(SELF_STUDY_ROUNDS)
 
     def rows(segments: list[Segment], source: str) -> list[Segment]:
         return [segment for segment in segments if segment.source == source]
 
     assert rows(more, "repeat") == rows(study.segments, "repeat")
     tokens = [sum(len(one.token_ids) for one in rows(segments, "self-study")) for segments in (study.segments, more)]
-    assert tokens[1] > 2 * tokens[0] > 0
+    assert tokens[1] > 1.3 * tokens[0] > 0
     asked: list[list[Segment]] = []
     plain = study.run_layers
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from compactor.document import make_document
 from compactor.job import Job, prepare
 from compactor.model import LoadedModel, load_model
 from compactor.prefill import Prefilled
+from compactor.prompt import encode_plain
 from compactor.sampling import Nucleus, sample_answers
-from compactor.self_study import make_plan, self_study_segments, until_repetition
+from compactor.self_study import cut_passages, make_plan, passages_by_section, self_study_segments, until_repetition
 from compactor.shared_layers import Sections
 from compactor.study import prefill_document
 from compactor.types import LayerCache, SilentReporter
@@ -248,74 +250,141 @@ def test_sections_cover_the_document(num_document: int) -> None:
 def test_plans_stay_within_the_tokens_they_are_given() -> None:
     documents = (1, 7, 100, 511, 770, 2048, 5000, 33_333, 100_000)
     totals = (1, 2, 31, 95, 96, 97, 200, 512, 1024, 1500, 4096, 25_000, 1_000_000)
-    for num_document, total in product(documents, totals):
-        plan = make_plan(num_document, total)
-        prompts = plan.num_sections * plan.prompts_per_section + plan.num_whole
-        assert 1 <= plan.num_sections <= num_document
-        assert plan.prompts_per_section >= 1
+    for num_document, total, rounds in product(documents, totals, (1, 2)):
+        plan = make_plan(num_document, rounds * total, rounds)
+        assert 1 <= plan.num_passages <= num_document and plan.rounds == rounds
         assert 0 <= plan.num_whole <= len(self_study.WHOLE_PROMPTS)
-        assert plan.answer_tokens >= 1 and total / 2 <= prompts * plan.answer_tokens <= total
-        more = make_plan(num_document, 2 * total)
-        assert more.num_sections * more.prompts_per_section + more.num_whole >= prompts
+        answers = rounds * plan.num_passages * plan.answer_tokens + plan.num_whole * self_study.WHOLE_TOKENS
+        assert plan.answer_tokens >= 1 and answers <= max(rounds * total, rounds * plan.answer_tokens)
+        assert plan.num_whole * self_study.WHOLE_TOKENS <= rounds * total / 4
+        assert make_plan(num_document, 2 * rounds * total, rounds).num_passages >= plan.num_passages
 
 
-def segments_of(place: Place, room: int, total_tokens: int = 256, seed: int = 0) -> list[self_study.Segment]:
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_passages_cover_the_document_and_end_with_sentences(tmp_path: Path, family: str) -> None:
+    loaded = load_model(str(make_tiny(family, tmp_path / "m")), device="cpu")
+    text = 'Rent is 4.5 euros. Who pays it?\nThe tenant (he said "yes!") pays. ' * 3 + "word " * 400 + "End. Short."
+    ids = encode_plain(loaded.tokenizer, text)
+    passages = cut_passages(loaded.tokenizer, ids, 10_000)
+    assert [token for passage in passages for token in passage] == ids
+    assert all(len(passage) <= self_study.MOST_PASSAGE for passage in passages)
+    texts = [loaded.tokenizer.decode(passage).strip() for passage in passages]
+    whole = [one for one in texts if "word" not in one]
+    assert "Rent is 4.5 euros." in texts[0] and texts[0].endswith(("euros.", "it?"))
+    assert len(whole) > 6 and all(one.endswith((".", "?", '!")')) for one in whole)
+    for most in (1, 2, 7, 12):
+        fewer = cut_passages(loaded.tokenizer, ids, most)
+        assert [token for passage in fewer for token in passage] == ids and 1 <= len(fewer) <= most
+    assert cut_passages(loaded.tokenizer, [], 3) == []
+
+
+def test_every_section_has_the_passages_that_begin_in_it(places: Callable[..., Place]) -> None:
+    tokenizer = places("llama").loaded.tokenizer
+    ids = encode_plain(tokenizer, "".join(f"Clause {i} says who pays {i} euros. " for i in range(300)))
+    by_section = passages_by_section(tokenizer, ids, 10_000)
+    cut = Sections.of(len(ids), len(by_section))
+    assert cut.count == round(len(ids) / self_study.SECTION_TOKENS) > 3
+    assert [token for section in by_section for passage in section for token in passage] == ids
+    start = 0
+    for index, section in enumerate(by_section):
+        for passage in section:
+            assert min(start // cut.step, cut.count - 1) == index
+            start += len(passage)
+    few = passages_by_section(tokenizer, ids, 3)
+    assert [token for section in few for passage in section for token in passage] == ids and all(few)
+
+
+def test_neighbours_are_joined_until_they_are_few_enough() -> None:
+    passages = [[1, 1], [2], [3], [4, 4, 4], [5]]
+    assert self_study.joined(passages, 5) == passages
+    assert self_study.joined(passages, 4) == [[1, 1], [2, 3], [4, 4, 4], [5]]
+    assert self_study.joined(passages, 1) == [[1, 1, 2, 3, 4, 4, 4, 5]]
+
+
+def segments_of(
+    place: Place, room: int, total_tokens: int = 256, seed: int = 0, rounds: int = 1
+) -> list[self_study.Segment]:
+    plan = make_plan(len(place.full.document_ids), rounds * total_tokens, rounds)
     return self_study_segments(
-        place.loaded, place.full, place.job.prompt, total_tokens=total_tokens, room=room, seed=seed,
-        reporter=SilentReporter(),
-    )  # fmt: skip
+        place.loaded, place.full, place.job.prompt, plan=plan, room=room, seed=seed, reporter=SilentReporter()
+    )
 
 
 def test_segments_never_exceed_the_room(places: Callable[..., Place]) -> None:
     place = places("llama")
-    wide = segments_of(place, 4096)
-    longest = max(segment.answer_start for segment in wide)
+    longest = max(
+        len(self_study.passage_prompt(place.job.prompt, passage))
+        for section in passages_by_section(place.loaded.tokenizer, place.full.document_ids, 6)
+        for passage in section
+    )
     assert segments_of(place, longest) == []
-    for room in (longest + 1, longest + 9):
+    for room in (longest + 1, longest + 9, longest + 40, 4096):
         made = segments_of(place, room)
-        assert made and all(len(segment.token_ids) <= room for segment in made)
-        assert max(len(segment.token_ids) - segment.answer_start for segment in made) == room - longest
-    assert all(len(segment.token_ids) < 4096 and segment.source == "self-study" for segment in wide)
+        assert all(len(segment.token_ids) <= room for segment in made)
+    assert made and all(segment.source == "self-study" for segment in made)
 
 
-def test_segments_are_prompt_and_answer_and_no_answer_comes_twice(
+def test_every_passage_is_asked_about_once_a_round_and_then_the_whole(
     places: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = places("llama")
-    asked: list[list[int]] = []
+    calls: list[tuple[list[list[list[int]]], list[list[int]], int | None]] = []
+    tokenizer = place.loaded.tokenizer
 
-    def answer(_loaded: object, _full: object, sections: list[list[list[int]]], whole: list[list[int]], **_f: object):  # type: ignore[no-untyped-def]
-        asked.extend([prompt for section in sections for prompt in section] + list(whole))
-        return [[7, 8, 9] if i % 2 else [7, 8, 9 + i] for i in range(len(asked))]
+    def answer(_loaded: object, _full: object, sections: list[list[list[int]]], whole: list[list[int]], **how: Any):  # type: ignore[no-untyped-def]
+        calls.append((sections, whole, how["seed"]))
+        prompts = [prompt for section in sections for prompt in section] + list(whole)
+        if len(calls) == 2:
+            return [[7, 8, 9]] * len(prompts)
+        texts = [
+            "Who pays?",
+            "Who pays?",
+            "",
+            *(f"What is {len(calls)}.{i}?\nIt is rent." for i in range(len(prompts))),
+        ]
+        return [encode_plain(tokenizer, text) for text in texts][: len(prompts)]
 
     monkeypatch.setattr(self_study, "sample_answers", answer)
-    made = segments_of(place, 4096, total_tokens=5000)
-    assert len(asked) > 4
-    assert len(made) == (len(asked) + 1) // 2  # [7, 8, 9] comes once
-    for segment in made:
-        assert list(segment.token_ids[: segment.answer_start]) in asked
-        assert segment.token_ids[segment.answer_start :][:2] == (7, 8)
+    made = segments_of(place, 4096, total_tokens=700, seed=5, rounds=2)
+    passages = [p for section in passages_by_section(tokenizer, place.full.document_ids, 32) for p in section]
+    assert [seed for *_, seed in calls] == [None, None, 6, None, 5]
+    assert len(passages) > 4
+    asking = [prompt for section in calls[0][0] for prompt in section]
+    assert asking == [self_study.passage_prompt(place.job.prompt, passage) for passage in passages]
+    asked = [prompt for section in calls[1][0] for prompt in section]
+    question = place.job.prompt.question_ids
+    assert asked[0] == question("Who pays?") and asked[2] == question("What is 1.0?")
+    words = passages[2][: min(self_study.QUOTED_TOKENS, (len(passages[2]) + 1) // 2)]
+    assert asked[1][-len(words) - len(place.job.prompt.suffix_ids) :] == [*words, *place.job.prompt.suffix_ids]
+    assert [list(one.token_ids) for one in made[: len(asked)]] == [[*one, 7, 8, 9] for one in asked]
+    assert all(one.token_ids[: one.answer_start] in {tuple(p) for p in asked} for one in made[: len(asked)])
+    whole = [question(text) for text in self_study.WHOLE_PROMPTS[:3]]
+    assert calls[4][1] == whole and [list(one.token_ids[: one.answer_start]) for one in made[-3:]] == whole
+    assert len({one.token_ids[: one.answer_start] for one in made}) == len(made)
 
 
-def test_every_section_is_named_by_its_first_words(places: Callable[..., Place]) -> None:
+def test_sections_of_unlike_number_are_filled_up() -> None:
+    assert self_study.padded([[[1], [2]], [[3]], []]) == [[[1], [2]], [[3], [1]], [[1], [1]]]
+
+
+def test_what_takes_several_batches_is_what_one_batch_gives(
+    places: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = places("llama")
-    document, suffix = place.full.document_ids, list(place.job.prompt.suffix_ids)
-    plan = self_study.Plan(num_sections=3, prompts_per_section=2, num_whole=0, answer_tokens=8)
-    by_section = self_study.section_prompts(place.job.prompt, document, plan)
-    cut = Sections.of(len(document), 3)
-    assert [len(prompts) for prompts in by_section] == [2, 2, 2]
-    for index, prompts in enumerate(by_section):
-        quoted = document[index * cut.step : index * cut.step + self_study.QUOTED_TOKENS]
-        for prompt in prompts:
-            assert prompt[-len(quoted) - len(suffix) :] == [*quoted, *suffix]
-        assert prompts[0] != prompts[1]
-    kinds = {tuple(prompt[: -len(suffix) - self_study.QUOTED_TOKENS]) for section in by_section for prompt in section}
-    assert len(kinds) == len(self_study.SECTION_PROMPTS)  # the kinds take turns
+    one = segments_of(place, 4096, total_tokens=800)
+    sections = [[[30, 31, 32, 33]], [[41, 42, 43]], [[33, 34]]]
+    expected = sample_answers(place.loaded, place.full, sections, [[90]], max_new_tokens=6, seed=None)
+    monkeypatch.setattr(sampling, "rows_at_once", lambda _loaded, _length: 1)
+    assert sample_answers(place.loaded, place.full, sections, [[90]], max_new_tokens=6, seed=None) == expected
+    again = segments_of(place, 4096, total_tokens=800)
+    assert [s.token_ids for s in again[:-1]] == [s.token_ids for s in one[:-1]]  # the last is sampled
 
 
 def test_equal_seeds_give_equal_segments(places: Callable[..., Place]) -> None:
     place = places("llama")
-    assert segments_of(place, 4096) == segments_of(place, 4096) != segments_of(place, 4096, seed=1)
+    first = segments_of(place, 4096, total_tokens=800, rounds=2)
+    assert first == segments_of(place, 4096, total_tokens=800, rounds=2)
+    assert first != segments_of(place, 4096, total_tokens=800, rounds=2, seed=1)
 
 
 def test_an_answer_is_cut_where_a_long_run_of_tokens_comes_again() -> None:

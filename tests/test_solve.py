@@ -22,7 +22,7 @@ from compactor.solve import biases as biases_module
 from compactor.solve import fit as fit_module
 from compactor.solve import gram as gram_module
 from compactor.solve.biases import cholesky_factor, cholesky_factors, solve_box_nnls, solve_box_nnls_batched
-from compactor.solve.budget import allocate, key_bytes, total_from_bytes
+from compactor.solve.budget import FLOOR_FRACTION, allocate, key_bytes, total_from_bytes
 from compactor.solve.fit import (
     FitInputs,
     FitLayer,
@@ -316,6 +316,17 @@ def test_budget_keeps_the_largest_gains_and_the_floor() -> None:
     assert allocate(gains, 16).tolist() == [[4, 4], [4, 4]]
     with pytest.raises(SettingsError, match="at least one key a head"):
         allocate(gains, 3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_budget_is_a_stable_ranking_of_what_lies_above_the_floor(seed: int) -> None:
+    drawn = torch.randint(0, 6, (3, 2, 17), generator=torch.Generator().manual_seed(seed)).float()
+    gains = drawn.sort(-1, descending=True).values
+    for total in (6, 7, 30, 60, 101, 102):
+        floor = max(1, int(FLOOR_FRACTION * total / 6))
+        ranked = gains[..., floor:].flatten().sort(descending=True, stable=True).indices[: total - 6 * floor]
+        expected = torch.bincount(ranked // (17 - floor), minlength=6) + floor
+        assert allocate(gains, total).flatten().tolist() == expected.tolist()
 
 
 def test_selection_orders_by_score_and_ties_by_position() -> None:

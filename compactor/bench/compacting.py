@@ -8,15 +8,15 @@ for the device at both ends. "Model" is what remains of a pass: the layers' matr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 
 from compactor import prompt as prompts
-from compactor import study
+from compactor import sampling, study
 from compactor.bench.counting import ModelCounts, precision_of
 from compactor.bench.machine import describe_machine, measure_ceilings
 from compactor.bench.random_model import make_random_model, random_tokens
@@ -27,14 +27,13 @@ from compactor.config import CompactSettings
 from compactor.document import make_document
 from compactor.job import Job, target_total
 from compactor.methods import method_module
-from compactor.methods.best import SELF_STUDY_FACTOR
 from compactor.model import LoadedModel
 from compactor.pipeline import compact_study
 from compactor.prefill import prefill
-from compactor.self_study import WHOLE_PROMPTS, make_plan, section_prompts
-from compactor.shared_layers import Sections
+from compactor.shared_layers import SharedLayer
 from compactor.solve import chunk_grams, fit, key_scores
 from compactor.solve.refine import rows_of_step
+from compactor.stepping import Pick
 from compactor.study import Study, picks_per_chunk, prefill_document
 from compactor.types import Advance, LayerCache, Reporter, Segment
 
@@ -84,27 +83,50 @@ class MeasuredStudy(Study):
         super().run_layers(segments, phase, make)
 
 
-class CountingReporter:
-    """Passes everything on, and counts the finished units of every phase."""
+@dataclass
+class Asked:
+    """A batch of self-study prompts and the steps that were taken after them."""
 
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
-        self.note = reporter.note
-        self.units: dict[str, int] = {}
+    of_sections: list[int]  # lengths of the prompts that see a section
+    of_whole: list[int]
+    section: int  # document tokens of a section
+    steps: int = 0
 
-    def phase(self, name: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Advance]:
-        """Open a phase."""
-        return self._counted(name, self.reporter.phase(name, total, unit))
 
-    @contextmanager
-    def _counted(self, name: str, phase: AbstractContextManager[Advance]) -> Iterator[Advance]:
-        with phase as advance:
+@contextmanager
+def noting_questions(asked: list[Asked]) -> Iterator[None]:
+    """Note every batch of self-study inside."""
+    original = sampling.answer  # type: ignore[attr-defined]
 
-            def count(units: int) -> None:
-                self.units[name] = self.units.get(name, 0) + units
-                advance(units)
+    def noted(
+        loaded: LoadedModel,
+        make_layers: partial[list[SharedLayer]],
+        logical_length: int,
+        questions: Sequence[list[int]],
+        max_new_tokens: int,
+        pick: Pick,
+        stops: set[int],
+        on_step: Advance,
+    ) -> list[list[int]]:
+        sections, lengths = make_layers.keywords["sections"], [len(one) for one in questions]
+        split = sections.count * make_layers.keywords["rows_per_section"]
+        batch = Asked(lengths[:split], lengths[split:], sections.size)
+        asked.append(batch)
 
-            yield count
+        def count(steps: int) -> None:
+            batch.steps += steps
+            on_step(steps)
+
+        answers: list[list[int]] = original(
+            loaded, make_layers, logical_length, questions, max_new_tokens, pick, stops, on_step=count
+        )
+        return answers
+
+    setattr(sampling, "answer", noted)  # noqa: B010 - for the type checker it is another function
+    try:
+        yield
+    finally:
+        setattr(sampling, "answer", original)  # noqa: B010
 
 
 @dataclass(frozen=True)
@@ -116,8 +138,7 @@ class Run:
     parts: dict[str, float]  # seconds of "pass/part"
     peaks: dict[str, int]  # of every step
     passes: dict[str, list[int]]
-    study_tokens: int  # answer tokens that self-study may have
-    study_steps: int  # and the steps that it took
+    asked: list[Asked]  # batches of self-study
     kept: list[int]  # document keys of every KV head of every layer
     num_picks: int  # of a chunk, where the search is greedy
 
@@ -163,15 +184,15 @@ def compact_once(settings: CompactBenchSettings, loaded: LoadedModel, ids: list[
     chosen = CompactSettings(
         method=settings.method, keep_ratio=settings.keep, certify=settings.certify, seed=settings.seed
     )
-    counting, prompt = CountingReporter(reporter), prompts.build_prompt(loaded.tokenizer)
-    job = MeasuredJob(make_document("random tokens", "x"), loaded, chosen, prompt, ids, counting)
+    prompt, asked = prompts.build_prompt(loaded.tokenizer), list[Asked]()
+    job = MeasuredJob(make_document("random tokens", "x"), loaded, chosen, prompt, ids, reporter)
     clock = Stages(loaded.device)
 
     def compact() -> tuple[MeasuredStudy, list[LayerCache]]:
         done = MeasuredStudy(job, prefill_document(job))
         return done, compact_study(done, target_total(job)).layers
 
-    with clocked(clock):
+    with clocked(clock), noting_questions(asked):
         (done, layers), elapsed_s = timed(compact, loaded.device)
     return Run(
         elapsed_s,
@@ -179,8 +200,7 @@ def compact_once(settings: CompactBenchSettings, loaded: LoadedModel, ids: list[
         dict(clock.seconds),
         dict(job.peaks),
         dict(done.passes),
-        job.self_study_tokens * (SELF_STUDY_FACTOR if settings.method == "best" else 1),
-        counting.units.get("self-study", 0),
+        asked,
         [length - len(prompt.prefix_ids) for layer in layers for length in layer.head_lengths],
         picks_per_chunk(done, target_total(job)),
     )
@@ -270,12 +290,12 @@ def stage_work(
     settings: CompactBenchSettings, loaded: LoadedModel, counts: ModelCounts, ids: list[int], run: Run
 ) -> dict[str, list[Work]]:
     """Return what the counted stages of a run must do, and their parts as "pass/part"; see `counting`."""
-    prompt, precision = prompts.build_prompt(loaded.tokenizer), precision_of(loaded.dtype)
-    num_document, prefix_length = len(ids), len(prompt.prefix_ids)
+    prefix_length, num_document = len(prompts.build_prompt(loaded.tokenizer).prefix_ids), len(ids)
+    precision = precision_of(loaded.dtype)
     total = prefix_length + num_document
     found = {"prefill": [Work(counts.prefill(total) + counts.observed(prefix_length, num_document), precision)]}
-    if run.study_steps:
-        found["ask"] = self_study_work(counts, prompt, ids, run, precision)
+    if run.asked:
+        found["ask"] = [work for one in run.asked for work in self_study_work(counts, one, total, precision)]
     parts: dict[str, dict[str, float]] = {}
     for stage, segments in run.passes.items():
         parts[stage] = {"exact attention": counts.exact(segments, total), MODEL: counts.matrices(sum(segments))}
@@ -298,26 +318,19 @@ def stage_work(
     return found
 
 
-def self_study_work(
-    counts: ModelCounts, prompt: prompts.Prompt, ids: list[int], run: Run, precision: str
-) -> list[Work]:
-    """Return what self-study must do: the prompts at once, then steps of one token each, which read all weights and the
-    document once. Rows see their section or the whole; their own tokens are not counted."""
-    plan = make_plan(len(ids), run.study_tokens)
-    total = len(prompt.prefix_ids) + len(ids)
-    seen = len(prompt.prefix_ids) + Sections.of(len(ids), plan.num_sections).size
-    of_sections = [len(asked) for section in section_prompts(prompt, ids, plan) for asked in section]
-    of_whole = [len(prompt.question_ids(text)) for text in WHOLE_PROMPTS[: plan.num_whole]]
-    num_rows = len(of_sections) + len(of_whole)
-    num_prompt = sum(of_sections) + sum(of_whole)
-    prompt_pairs = sum(of_sections) * seen + sum(of_whole) * total
-    step_pairs = len(of_sections) * seen + len(of_whole) * total
+def self_study_work(counts: ModelCounts, asked: Asked, total: int, precision: str) -> list[Work]:
+    """Return what a batch of self-study must do: the prompts at once, then steps of one token each, which read all
+    weights and the document once. Rows see their section or the whole, ``total`` tokens; prefix and own tokens are not
+    counted where there is a section."""
+    num_rows = len(asked.of_sections) + len(asked.of_whole)
+    num_prompt = sum(asked.of_sections) + sum(asked.of_whole)
+    prompt_pairs = sum(asked.of_sections) * asked.section + sum(asked.of_whole) * total
+    step_pairs = len(asked.of_sections) * asked.section + len(asked.of_whole) * total
     step_bytes = float(counts.step_bytes + counts.kv_bytes * total)
+    steps = max(0, asked.steps - 1)
     return [
         Work(counts.matrices(num_prompt, num_rows) + counts.attention(prompt_pairs), precision, step_bytes),
         Work(
-            (run.study_steps - 1) * (counts.matrices(num_rows, num_rows) + counts.attention(step_pairs)),
-            precision,
-            (run.study_steps - 1) * step_bytes,
+            steps * (counts.matrices(num_rows, num_rows) + counts.attention(step_pairs)), precision, steps * step_bytes
         ),
     ]

@@ -15,7 +15,7 @@ from compactor.bench.shapes import SHAPES
 from compactor.certificate import FIXED_QUESTIONS, SECTION_PROMPT
 from compactor.model import LoadedModel, wrap_model
 from compactor.reference_queries import REPEAT_FIRST, REPEAT_LATER
-from compactor.self_study import SECTION_PROMPTS, WHOLE_PROMPTS
+from compactor.self_study import PASSAGE_PROMPT, WHOLE_PROMPTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ TRAINING_TEXTS = (
     REPEAT_FIRST,
     REPEAT_LATER,
     *WHOLE_PROMPTS,
-    *SECTION_PROMPTS.values(),
+    PASSAGE_PROMPT,
     SECTION_PROMPT,
     *FIXED_QUESTIONS,
 )

@@ -99,8 +99,8 @@ SelfStudyTokens = Annotated[
     typer.Option(
         "--self-study-tokens",
         metavar="N",
-        help="Tokens the model writes in self-study, all prompts together; "
-        "without it 576 and a fifth of the document's.",
+        help="Tokens that the model's answers in self-study may have, all prompts together (best: for each of two "
+        "questions about a passage); without it 576 and twice the document's, of these 32,768 at most.",
     ),
 ]
 Chunk = Annotated[

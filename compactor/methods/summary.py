@@ -7,6 +7,7 @@ import torch
 
 from compactor import attach
 from compactor.errors import DocumentError
+from compactor.job import Job
 from compactor.methods import Compacted
 from compactor.methods.keeping import plain_tokens
 from compactor.prefill import prefill
@@ -26,10 +27,21 @@ WORDS_PER_TOKEN = 0.7  # of English prose, so that the summary ends before it is
 def compact(study: Study, num_kept: int) -> Compacted:
     """Summarise greedily with the full cache, at most as many tokens as the bytes of ``num_kept`` keys allow, and
     prefill the summary in place of the document. Raises DocumentError when the window has no room for the request."""
+    return plain_cache(study, write_summary(study, plain_tokens(study, num_kept)))
+
+
+def write_summary(study: Study, max_tokens: int) -> list[int]:
+    """Return the tokens of the model's summary, at most ``max_tokens`` and what the window has room for; all methods
+    and sizes that allow equally many share it. Raises DocumentError when the window has no room for the request."""
+    most = longest_summary(study.job, max_tokens)
+    with study.job.timed("summarise"):
+        return study.once(("summary", most), lambda: summarise(study, most))
+
+
+def plain_cache(study: Study, token_ids: list[int]) -> Compacted:
+    """Return prefix and summary as a plain cache; positions end with the summary."""
     job = study.job
-    most = plain_tokens(study, num_kept)
     with job.timed("summarise"):
-        token_ids = study.once(("summary", most), lambda: summarise(study, most))
         summary = prefill(
             job.loaded,
             list(job.prompt.prefix_ids),
@@ -42,18 +54,28 @@ def compact(study: Study, num_kept: int) -> Compacted:
     return Compacted(layers, summary.logical_length, {"summary_tokens": len(token_ids)})
 
 
+def request(job: Job, max_tokens: int) -> list[int]:
+    """Return the ids that ask for a summary of at most ``max_tokens``."""
+    return job.prompt.question_ids(INSTRUCTION.format(words=max(1, round(WORDS_PER_TOKEN * max_tokens))))
+
+
+def longest_summary(job: Job, max_tokens: int) -> int:
+    """Return ``max_tokens``, or fewer where the window has no room for them beside the request."""
+    most = max_tokens
+    while (over := most + len(request(job, most)) - job.room) > 0:
+        most -= over
+        if most < 1:
+            raise DocumentError(
+                f"{job.document.name} leaves {job.room} tokens of the model's window, too few to ask for a summary "
+                f"({len(request(job, max_tokens))} tokens); shorten it, or take a model with a larger window."
+            )
+    return most
+
+
 @torch.no_grad()
 def summarise(study: Study, max_tokens: int) -> list[int]:
     """Return the tokens of the model's summary: at least one, at most ``max_tokens``, no control token among them."""
     job, full = study.job, study.full
-    words = max(1, round(WORDS_PER_TOKEN * max_tokens))
-    question = job.prompt.question_ids(INSTRUCTION.format(words=words))
-    room = job.room - len(question)
-    if room < 1:
-        raise DocumentError(
-            f"{job.document.name} leaves {job.room} tokens of the model's window, too few to ask for a summary "
-            f"({len(question)} tokens); shorten it, or take a model with a larger window."
-        )
     cache = attach.attach_layers(job.loaded.model, full.layers, full.logical_length)
     stops = torch.tensor(sorted(stop_token_ids(job.loaded)), dtype=torch.int64, device=job.loaded.device)
 
@@ -62,7 +84,7 @@ def summarise(study: Study, max_tokens: int) -> list[int]:
         return greedy(torch.where(step > 0, logits, logits.index_fill(-1, stops, -torch.inf)), step)
 
     with job.reporter.phase("summarise"):
-        (token_ids,) = answer_after(job.loaded, cache, [question], min(max_tokens, room), pick)
+        (token_ids,) = answer_after(job.loaded, cache, [request(job, max_tokens)], max_tokens, pick)
     forbidden = stop_token_ids(job.loaded) | set(control_tokens(job.loaded.tokenizer).values())
     plain = [token for token in token_ids if token not in forbidden]
     return plain or token_ids[:1]

@@ -20,17 +20,21 @@ def allocate(gains: torch.Tensor, total: int) -> torch.Tensor:
     gains: (num_layers, num_kv_heads, num_document) float32, not increasing along the last dimension. The ``total``
     largest gains win, after each head has its floor. Raises SettingsError when there are more heads than keys to keep.
     """
-    num_layers, num_kv_heads, num_document = gains.shape
+    num_layers, num_kv_heads, _ = gains.shape
     num_heads = num_layers * num_kv_heads
     if total < num_heads:
         raise SettingsError(
             f"The size target keeps {total} document keys over {num_heads} heads; raise it to at least one key a head."
         )
     floor = max(1, int(FLOOR_FRACTION * total / num_heads))
-    rest = gains[..., floor:].reshape(-1).cpu()
-    winners = rest.sort(descending=True, stable=True).indices[: total - floor * num_heads]
-    heads = winners // max(1, num_document - floor)
-    counts = torch.bincount(heads, minlength=num_heads) + floor
+    rest = gains[..., floor:].reshape(num_heads, -1).cpu()
+    wanted = total - floor * num_heads
+    counts = torch.full((num_heads,), floor)
+    if wanted:
+        last = rest.flatten().kthvalue(rest.numel() - wanted + 1).values  # the least gain that wins
+        above, equal = (rest > last).sum(1), (rest == last).sum(1)
+        left = wanted - above.sum() - (equal.cumsum(0) - equal)  # for this head's equals, after those of heads before
+        counts += above + left.clamp_min(0).minimum(equal)
     return counts.view(num_layers, num_kv_heads)
 
 

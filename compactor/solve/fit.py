@@ -88,6 +88,11 @@ class HeadFit:
     gram: torch.Tensor | None = None  # (num_kept, num_kept) float64: sum of w A_i A_i^T, where curves are kept
     curve: HeadCurve | None = None  # what `compactor recompact` needs of it, in host memory
 
+    @property
+    def relative_error(self) -> float:
+        """Square root of the squared error over the energy."""
+        return math.sqrt(self.squared_error / self.energy) if self.energy > 0 else 0.0
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -243,7 +248,7 @@ def refine_heads(heads: list[HeadFit], rows: list[Rows], refiner: Refiner, num_d
     """Move keys, biases and values of all heads together; heads that keep every key stay as they are."""
     none = torch.empty(0)
     before = [
-        HeadKeyValues(fit.keys, fit.biases, fit.values, fit.kept)
+        HeadKeyValues(fit.keys, fit.biases, fit.values, fit.kept, fit.relative_error)
         if len(fit.kept) < num_document
         else HeadKeyValues(none, none, none, none)
         for fit in heads

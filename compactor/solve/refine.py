@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from compactor_kernels.refine_gradients import GradientPlan
 
 DISTANCE, FASTEST = 9.0, 0.1  # sum of all rates, and the highest; in root-mean-square units of a head's keys and values
+FULL_PACE = 0.1  # relative error from which a head moves at these rates; below it, in proportion
 BETAS = (0.9, 0.95)
 EAGER_STEPS = 3  # before a step is captured
 WARM_UP = 5  # steps until the rate is full; it then falls as a cosine to 0
@@ -50,6 +51,7 @@ class HeadKeyValues:
     biases: torch.Tensor  # (num_kept,)
     values: torch.Tensor  # (num_kept, head_dim)
     positions: torch.Tensor  # (num_kept,) int64, document-relative: a row sees those before its `document_stop`
+    error: float = 1.0  # relative, of the attention output: a head that is nearly right moves in small steps
 
 
 class Refiner:
@@ -232,8 +234,11 @@ class Problem:
             self.present[i, :n], self.positions[i, :n] = 1.0, head.positions.to(device)
         lengths = self.present.sum(1).view(-1, 1, 1)
         key_size, value_size = spread(self.keys, self.present, lengths), size(self.values, lengths)
+        pace = torch.tensor([min(1.0, head.error / FULL_PACE) for head in heads], device=device).view(-1, 1, 1)
+        key_size, value_size = key_size * pace, value_size * pace
         self.key_unit = (key_size * self.present.unsqueeze(-1)).contiguous()
         self.value_unit = (value_size * self.present.unsqueeze(-1)).contiguous()
+        self.bias_unit = self.present * pace.squeeze(-1)
         everyone = members == list(range(parts[0].lse.shape[0]))
         chosen = slice(None) if everyone else torch.tensor(members, device=device)
         self.parts = [_flat(part, chosen) for part in parts if part.lse.shape[2]]
@@ -247,7 +252,7 @@ class Problem:
             self.plan = _plan(
                 self.parts[0],
                 [len(head.biases) for head in heads],
-                torch.stack([key_size.flatten() * scale, scale, value_size.flatten() * scale]),
+                torch.stack([key_size.flatten() * scale, pace.flatten() * scale, value_size.flatten() * scale]),
                 self.scaling,
             )
 
@@ -274,7 +279,7 @@ class Problem:
         """Return keys, biases and values after changes in the units of the head."""
         return (
             torch.addcmul(self.keys, keys, self.key_unit),
-            torch.addcmul(self.biases, biases, self.present),
+            torch.addcmul(self.biases, biases, self.bias_unit),
             torch.addcmul(self.values, values, self.value_unit),
         )
 
@@ -311,7 +316,7 @@ class Problem:
         by_bias = by_score.sum(1) * units[..., 0]
         by_key = attention.multiply(by_score.to(shares.dtype).mT, rows.queries) * (units * self.scaling)
         by_value = attention.multiply(shares.mT, error) * units
-        return by_key * self.key_unit, by_bias * self.present, by_value * self.value_unit
+        return by_key * self.key_unit, by_bias * self.bias_unit, by_value * self.value_unit
 
 
 def spread(keys: torch.Tensor, present: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
