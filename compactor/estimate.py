@@ -17,13 +17,14 @@ import torch
 
 from compactor import certificate
 from compactor.attention import block_elements
-from compactor.config import DEFAULT_KEEP_RATIO, OUR_METHODS
+from compactor.config import DEFAULT_KEEP_RATIO, OUR_METHODS, SUMMARISING
 from compactor.job import fixed_bytes, full_bytes, keeps_everything, num_compacted, prepare, target_total
-from compactor.methods import best, fast, kvzip
+from compactor.methods import best, fast, kvzip, method_module, summary_compacted
 from compactor.methods.ours import ERROR_ROUNDS
 from compactor.prefill import CONTEXT_SPAN
 from compactor.self_study import QUESTION_TOKENS, WHOLE_TOKENS, make_plan
 from compactor.solve.budget import key_bytes
+from compactor.solve.refine import rows_of_step
 from compactor.study import GRAM_BYTES, GRAM_ROWS, GREEDY_CHUNK
 
 if TYPE_CHECKING:
@@ -180,9 +181,14 @@ class Work:
             }
         if method in ("snapkv", "h2o"):
             return {"observe": num_document * (self.per_token + self.attend) / self.rate}
-        if method == "summary":
-            words = round(kept_per_head(self.job))
-            return {"summarise": words * (self.step_seconds + 2 * self.per_token / self.rate)}
+        if method in SUMMARISING:
+            kept, factor = kept_per_head(self.job), summary_compacted.FACTOR if method == "summary-compacted" else 1
+            tokens = min(num_document, round(factor * kept))
+            seconds = {"summarise": tokens * (self.step_seconds + 2 * self.per_token / self.rate)}
+            if method == "summary":
+                return seconds
+            own = summary_compacted.summary_job(self.job, self.job.document_ids[:tokens], kept / tokens)
+            return seconds | Work(own, self.weights).method()
         return {}
 
     def context_rows(self) -> int:
@@ -215,12 +221,18 @@ class Work:
         return {"budget": times * keys / SORT_RATE, "fit": times * self.fit(rows, context_rows)}
 
     def fit(self, rows: int, context_rows: int) -> float:
-        """One pass; per row exact attention, attention to the kept keys, and two Gram matrices of them."""
+        """One pass; per row exact attention, attention to the kept keys, and two Gram matrices of them; then the
+        refinement, five products a step."""
         loaded, kept = self.job.loaded, kept_per_head(self.job)
         every_row = rows + context_rows
         gram = 2 * num_compacted(loaded) * loaded.num_heads * SPREAD * kept**2 * (1 + RESERVE**2)
         to_kept = 3 * self.attend * kept / len(self.job.document_ids)
-        return (rows * self.per_token + every_row * (self.attend + to_kept + gram)) / self.rate
+        steps = self.job.settings.refine_steps
+        if steps is None:
+            steps = getattr(method_module(self.job.settings.method), "REFINE_STEPS", 0)
+        heads = num_compacted(loaded) * loaded.num_kv_heads
+        refinement = 10 * steps * rows_of_step(loaded.device) * heads * kept * loaded.head_dim
+        return (rows * self.per_token + every_row * (self.attend + to_kept + gram) + refinement) / self.rate
 
     def certify(self) -> float:
         """Two batches of generation, and the passes over the answers: full and compacted together, compacted, none."""

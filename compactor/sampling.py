@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compactor.prefill import Prefilled
 
 TOP_K = 64  # tokens that self-study chooses from at most; a partial sort of the vocabulary is enough
-GPU_TAIL_FRACTION = 1 / 8  # of a GPU's memory that the new tokens of a batch take
+GPU_TAIL_FRACTION = 0.125  # of a GPU's memory that the new tokens of a batch take
 CPU_TAIL_BYTES = 1 << 30
 
 

@@ -254,6 +254,18 @@ def test_no_fit_has_seen_a_held_out_question(tmp_path: Path) -> None:
     assert not {text.split("{")[0] for text in ours} & {text.split("{")[0] for text in theirs}
 
 
+def test_a_question_that_the_fit_asked_too_is_replaced_or_left_out(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    before = held_out_of(study).questions
+    seen = [before[0], certificate.FIXED_QUESTIONS[1]]
+    again = study_of(tmp_path)
+    again.asked.update(tuple(again.job.prompt.question_ids(text)) for text in seen)
+    after = held_out_of(again).questions
+    assert not set(after) & set(seen)
+    assert after[0] == certificate.PLAIN_QUESTION.format(opening=certificate.section_openings(again.job)[0])
+    assert len(after) >= len(before) - 2
+
+
 def test_the_questions_are_sampled_with_another_seed_than_the_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,11 @@ from compactor.config import CompactSettings
 from compactor.document import make_document
 from compactor.job import prepare
 from compactor.model import LoadedModel, load_model
+from compactor.packed import near_exact, near_fused, pack
 from compactor.pipeline import compact
 from compactor.solve import gram
 from compactor.study import prefill_document
+from compactor.types import Segment
 
 TEXT = "".join(
     f"Part {i}. The tenant pays {7 * i} euros of rent. Clause {i} says who repairs the roof. " for i in range(14)
@@ -111,3 +113,20 @@ def test_context_scores_of_both_paths_agree(tmp_path: Path, request: pytest.Fixt
         ratio = (plain.context_scores[i] - fast.context_scores[i]).norm() / plain.context_scores[i].norm()
         assert float(plain.context_scores[i].norm()) > 0
         assert float(ratio) < 0.05
+
+
+@pytest.mark.parametrize("prefix_length", [0, 5])
+def test_segments_attend_to_prefix_and_themselves_as_in_float32(prefix_length: int, emulated: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(torch.bfloat16)  # noqa: E731
+    packed = pack([Segment(tuple(range(length)), "repeat") for length in (7, 1, 30, 2)], logical_length=100)
+    queries, keys, values = (
+        3.0 * draw(2, 3, packed.num_rows, 16),
+        draw(2, packed.num_rows, 16),
+        draw(2, packed.num_rows, 16),
+    )
+    prefix = draw(2, prefix_length, 16), draw(2, prefix_length, 16)
+    fast = near_fused(packed, queries, keys, values, prefix, 0.25)
+    exact = near_exact(packed, queries, keys, values, prefix, 0.25)
+    torch.testing.assert_close(fast[1], exact[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-2, atol=1e-2)

@@ -26,6 +26,7 @@ from compactor.model import LoadedModel, load_model
 from compactor.packed import Packed
 from compactor.pipeline import compact
 from compactor.solve.fit import FitLayer, HeadFit
+from compactor.solve.refine import HeadKeyValues, Refiner
 from compactor.solve.select import Selection
 from compactor.study import Study, picks_per_chunk, prefill_document
 from compactor.types import Segment
@@ -470,3 +471,20 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_layer_and_head(
     layer.values[num_keys + num_keys // 2, 3] = wrong  # of head 1, in the middle of the document
     with pytest.raises(NumericalError, match=r"^Layer 1, KV head 1: .*; take --dtype float32"):
         get_method(method)(study, 150)
+
+
+@pytest.mark.parametrize("keep_curves", [False, True])
+def test_a_head_that_its_refinement_made_worse_stays_as_it_was(
+    tiny: LoadedModel, keep_curves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(_self: Refiner, _parts: Any, heads: list[HeadKeyValues]) -> list[HeadKeyValues]:
+        return [replace(heads[0], values=-heads[0].values), *heads[1:]]
+
+    study = study_of(tiny, keep_curves=keep_curves)
+    plain = get_method("balanced")(asking(study, refine_steps=0, keep_ratio=0.2), 60)
+    monkeypatch.setattr(Refiner, "refine", spoil)
+    made = get_method("balanced")(asking(study, refine_steps=3, keep_ratio=0.2), 60)
+    for one, other in zip(made.layers, plain.layers, strict=True):
+        for name in ("keys", "values", "biases", "positions"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name))
+    assert made.report["reconstruction_error"] == pytest.approx(plain.report["reconstruction_error"], rel=1e-3)

@@ -33,7 +33,7 @@ from compactor.methods import ours, truncation
 from compactor.model import LoadedModel, load_model
 from compactor.pipeline import compact, compact_prefilled, compact_study, every_key
 from compactor.prefill import CONTEXT_SPAN, context_spans
-from compactor.self_study import self_study_segments
+from compactor.self_study import make_plan, self_study_segments
 from compactor.solve.budget import key_bytes
 from compactor.study import Study, prefill_document, source_weights
 from compactor.types import CacheMetadata, LayerCache, Segment, SilentReporter
@@ -389,7 +389,7 @@ def test_the_models_own_penalties_do_not_change_self_study(tmp_path: Path) -> No
     loaded = tiny(tmp_path)
     job = prepare(document(), loaded, CompactSettings(**FAST))
     full = prefill_document(job)
-    limits = {"total_tokens": 64, "room": job.room, "seed": 0, "reporter": SilentReporter()}
+    limits = {"plan": make_plan(len(job.document_ids), 64), "room": job.room, "seed": 0, "reporter": SilentReporter()}
     expected = self_study_segments(loaded, full, job.prompt, **limits)
     loaded.model.generation_config = GenerationConfig(eos_token_id=2, repetition_penalty=5.0, min_p=0.9)
     assert self_study_segments(loaded, full, job.prompt, **limits) == expected

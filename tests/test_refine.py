@@ -60,6 +60,7 @@ def test_gradients_are_those_of_autograd_in_float64(with_stops: bool) -> None:
     stops = torch.randint(4, DOCUMENT, (ROWS,), generator=torch.Generator().manual_seed(5)) if with_stops else None
     rows, keys, values = make_rows(stops=stops)
     heads = some_heads(keys, values, [6, 4, 6])
+    heads[1] = replace(heads[1], error=0.3 * refine_module.FULL_PACE)
     problem = Problem([rows], heads, [0, 1, 2])
     sample = problem.take(next(problem.samples(0)))
     changes = [
@@ -68,7 +69,7 @@ def test_gradients_are_those_of_autograd_in_float64(with_stops: bool) -> None:
     ]
     found = problem.gradients(sample, *problem.moved(*changes))
     variables = [part.double().requires_grad_() for part in changes]
-    units = (problem.key_unit.double(), problem.present.double(), problem.value_unit.double())
+    units = (problem.key_unit.double(), problem.bias_unit.double(), problem.value_unit.double())
     k, b, v = (
         start.double() + change * unit
         for start, change, unit in zip((problem.keys, problem.biases, problem.values), variables, units, strict=True)
@@ -91,6 +92,22 @@ def test_refined_heads_reproduce_attention_better_than_their_start() -> None:
     heads = some_heads(keys, values, [6, 4, 8])
     after = Refiner(60).refine([rows], heads)
     assert total_error(rows, after) < 0.5 * total_error(rows, heads)
+
+
+def test_a_head_that_is_nearly_right_moves_in_small_steps() -> None:
+    rows, keys, values = make_rows()
+    heads = some_heads(keys, values, [6, 6, 6])
+    slow = [
+        replace(head, error=error)
+        for head, error in zip(heads, (1.0, 0.25 * refine_module.FULL_PACE, 0.0), strict=True)
+    ]
+    fast, after = Refiner(1).refine([rows], heads), Refiner(1).refine([rows], slow)
+    for name in ("keys", "biases", "values"):
+        moved = [getattr(a, name) - getattr(b, name) for a, b in zip(after, heads, strict=True)]
+        at_full_pace = [getattr(a, name) - getattr(b, name) for a, b in zip(fast, heads, strict=True)]
+        torch.testing.assert_close(moved[0], at_full_pace[0])
+        torch.testing.assert_close(moved[1], 0.25 * at_full_pace[1], rtol=1e-3, atol=1e-6)
+        assert not moved[2].any() and at_full_pace[2].any()
 
 
 def test_no_steps_change_nothing() -> None:

@@ -214,29 +214,49 @@ class FitLayer(PackedLayer):
             rows.append(context_rows(self.full, inputs, inputs.context_queries, scaling))
         heads = fit_heads(document, rows, inputs.order, inputs.counts, inputs.settings, self.naming)
         if inputs.refiner is not None:
-            heads = refine_heads(heads, rows, inputs.refiner, document.num_document)
-        out = fitted_outputs(rows[0], heads, inputs.storage_dtype)
-        if inputs.refiner is not None:
-            heads = self._measured_again(heads, rows, out)
+            heads, out = self._refined(heads, rows, inputs.refiner, document.num_document)
+        else:
+            out = fitted_outputs(rows[0], heads, inputs.storage_dtype)
         self.heads = [self._with_curve(head, fit) for head, fit in enumerate(heads)]
         self.fitted = assemble(self.full, self.heads, prefix, inputs.storage_dtype)
         return out.view(queries.shape)
 
-    def _measured_again(self, heads: list[HeadFit], rows: list[Rows], out: torch.Tensor) -> list[HeadFit]:
-        """Return refined heads with their errors and Gram matrices; ``out`` is what they make of the first rows."""
-        inputs = self.inputs
-        errors = squared_errors(rows[0], out)
+    def _refined(
+        self, before: list[HeadFit], rows: list[Rows], refiner: Refiner, num_document: int
+    ) -> tuple[list[HeadFit], torch.Tensor]:
+        """Return refined heads with their errors and Gram matrices, and what they make of the first rows. A head that
+        is further from the exact output than it was, both as stored, stays as it was."""
+        heads = refine_heads(before, rows, refiner, num_document)
+        outputs, errors = self._outputs(heads, rows)
+        worse = [i for i, error in enumerate(errors) if error > before[i].squared_error and heads[i] is not before[i]]
+        if worse:
+            mixed = [before[i] if i in worse else head for i, head in enumerate(heads)]
+            outputs_before, errors_before = self._outputs(mixed, rows)
+            for i in worse:
+                if errors_before[i] <= errors[i]:
+                    heads[i], errors[i], outputs[i] = before[i], errors_before[i], outputs_before[i]
+        return [
+            self._measured(i, head, error, rows) for i, (head, error) in enumerate(zip(heads, errors, strict=True))
+        ], outputs
+
+    def _outputs(self, heads: list[HeadFit], rows: list[Rows]) -> tuple[torch.Tensor, list[float]]:
+        """Return what heads, as stored, make of the first rows, and the squared error of each over all rows."""
+        dtype = self.inputs.storage_dtype
+        outputs = fitted_outputs(rows[0], heads, dtype)
+        errors = squared_errors(rows[0], outputs)
         for part in rows[1:]:
-            errors += squared_errors(part, fitted_outputs(part, heads, inputs.storage_dtype))
-        result = []
-        for head, (fit, error) in enumerate(zip(heads, errors.tolist(), strict=True)):
-            if len(fit.kept) < inputs.order.shape[1]:
-                fit = replace(fit, squared_error=error)
-                if inputs.settings.keep_curves:
-                    stored = fit.keys.to(inputs.storage_dtype).float()
-                    fit = replace(fit, gram=gram_of([part.head(head) for part in rows], stored, fit.kept))
-            result.append(fit)
-        return result
+            errors += squared_errors(part, fitted_outputs(part, heads, dtype))
+        return outputs, errors.tolist()
+
+    def _measured(self, head: int, fit: HeadFit, error: float, rows: list[Rows]) -> HeadFit:
+        """Return a refined head with its error, and its Gram matrix where curves are kept."""
+        if len(fit.kept) == self.inputs.order.shape[1]:
+            return fit
+        fit = replace(fit, squared_error=error)
+        if self.inputs.settings.keep_curves:
+            stored = fit.keys.to(self.inputs.storage_dtype).float()
+            fit = replace(fit, gram=gram_of([part.head(head) for part in rows], stored, fit.kept))
+        return fit
 
     def _with_curve(self, head: int, fit: HeadFit) -> HeadFit:
         """Replace the Gram matrix by its chunk blocks, which are all that is kept of it."""
