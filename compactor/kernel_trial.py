@@ -116,8 +116,28 @@ def _try_refine_gradients(device: torch.device, dtype: torch.dtype, head_dim: in
     return list(zip(found, expected, strict=True))
 
 
+def _try_kept_shares(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.kept_shares import kept_shares
+    from compactor_kernels.reference import kept_shares_reference
+
+    queries, keys = _draw(device, dtype, (HEADS, ROWS, head_dim), (HEADS, KEYS, head_dim))
+    biases, shift, near, roots = _draw(
+        device, torch.float32, (HEADS, KEYS), (HEADS, ROWS), (HEADS, ROWS), (HEADS, ROWS)
+    )
+    given = queries, keys, biases, shift - 3.0
+    pairs: Pairs = []
+    for normaliser, weights in ((None, None), (near, roots.abs())):
+        found, expected = (
+            run(*given, scaling=head_dim**-0.5, near_share=normaliser, root_weights=weights)
+            for run in (kept_shares, kept_shares_reference)
+        )
+        pairs += [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
+    return pairs
+
+
 TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "biased_decode": _try_biased_decode,
     "attention_stats": _try_attention_stats,
     "refine_gradients": _try_refine_gradients,
+    "kept_shares": _try_kept_shares,
 }

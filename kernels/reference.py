@@ -163,3 +163,30 @@ def _head_gradients(
     error = (out - rows.out) * rows.weights.unsqueeze(-1)
     by_score = shares * (error @ values.T - (error * out).sum(-1, keepdim=True))
     return Gradients(scaling * (by_score.T @ rows.queries), by_score.sum(0), shares.T @ error)
+
+
+def kept_shares_reference(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    biases: torch.Tensor,
+    row_shift: torch.Tensor,
+    *,
+    scaling: float,
+    near_share: torch.Tensor | None = None,
+    root_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the weighted attention of rows to kept keys, and the rest; twin of `kept_shares`, shapes as there.
+
+    Everything is computed and returned in float32, in float64 where the queries are float64.
+    """
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    scores = scaling * torch.bmm(queries.to(exact), keys.to(exact).mT)
+    scores += biases.to(exact).unsqueeze(1) + row_shift.to(exact).unsqueeze(-1)
+    rest = None
+    if near_share is not None:
+        near = near_share.to(exact)
+        normaliser = torch.logaddexp(scores.logsumexp(-1), near)
+        scores -= normaliser.unsqueeze(-1)
+        rest = (near - normaliser).exp()
+    shares = scores.exp_()
+    return shares if root_weights is None else shares * root_weights.to(exact).unsqueeze(-1), rest

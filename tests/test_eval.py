@@ -40,7 +40,7 @@ from compactor.model import LoadedModel, load_model
 from compactor.prefill import Prefilled
 from compactor.prompt import encode_plain
 from compactor.study import Study, prefill_document
-from compactor.types import LayerCache, SilentReporter
+from compactor.types import LayerCache, Segment, SilentReporter
 
 TEXT = (
     "The tenant shall pay rent on the first day of each month. Clause 7 says that repairs under 150 euros are paid by "
@@ -436,10 +436,10 @@ def test_shared_seconds_belong_to_everyone_who_used_them_and_own_seconds_to_one(
 def test_segments_are_shared_by_those_who_ask_for_them(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, asked = Clock(), []
 
-    def ask(*_: object) -> list[Any]:
+    def ask(*_: object) -> list[Segment]:
         clock.now += 8.0
         asked.append("once")
-        return ["segment"]
+        return [Segment((1, 2, 3), "repeat", 2)]
 
     monkeypatch.setattr(metering, "time", clock)
     monkeypatch.setattr("compactor.study.ask", ask)

@@ -3,8 +3,11 @@ path, also where scores are in the thousands."""
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from compactor.pipeline import compact
 from compactor.solve import gram
 from compactor.study import prefill_document
 from compactor.types import Segment
+from compactor_kernels.reference import kept_shares_reference
 
 TEXT = "".join(
     f"Part {i}. The tenant pays {7 * i} euros of rent. Clause {i} says who repairs the roof. " for i in range(14)
@@ -130,3 +134,40 @@ def test_segments_attend_to_prefix_and_themselves_as_in_float32(prefix_length: i
     exact = near_exact(packed, queries, keys, values, prefix, 0.25)
     torch.testing.assert_close(fast[1], exact[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast[0], exact[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_product_with_float32_columns_loses_nothing(emulated: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(2, 300, 20, generator=generator).half()
+    targets = torch.randn(2, 300, 5, generator=generator) * torch.logspace(-6, 2, 5)
+    found = gram.half_times_float(rows, targets)
+    expected = rows.double().mT @ targets.double()
+    scale = (rows.double().mT @ targets.double().abs().amax((1, 2), keepdim=True).expand_as(targets)).amax()
+    assert float((found.double() - expected).abs().max()) < 1e-6 * float(scale)
+    assert not gram.half_times_float(rows, torch.zeros_like(targets)).any()
+
+
+def test_a_compaction_through_the_kernel_of_shares_is_the_same(
+    emulated: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, document = loaded_in(tmp_path, "bfloat16"), make_document("lease", TEXT)
+    settings = CompactSettings(keep_ratio=0.3, self_study_tokens=64, reserve=128, refine_steps=3, certify=False)
+    plain = compact(document, loaded, settings)
+    calls: list[bool] = []
+
+    def twin(*given: torch.Tensor, **more: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        calls.append(more["near_share"] is not None)
+        assert all(part.is_contiguous() for part in given[1:])
+        shares, rest = kept_shares_reference(*given, **more)
+        return shares.clamp_max(attention.LARGEST_HALF).half(), rest
+
+    monkeypatch.setattr(attention, "kernel_usable", lambda name, _query: name == "kept_shares")
+    monkeypatch.setitem(sys.modules, "compactor_kernels.kept_shares", SimpleNamespace(kept_shares=twin))
+    made = compact(document, loaded, settings)
+    assert True in calls and False in calls
+    for one, other in zip(made.layers, plain.layers, strict=True):
+        assert one.offsets.tolist() == other.offsets.tolist()
+        for name in ("values", "biases"):
+            torch.testing.assert_close(getattr(one, name).float(), getattr(other, name).float(), rtol=0.1, atol=0.1)
+    errors = [cache.metadata.report["reconstruction_error"] for cache in (made, plain)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)

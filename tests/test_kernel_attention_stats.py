@@ -8,8 +8,6 @@ tests singly.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import assert_passes_interpreted
 from tiny_models import make_tiny
 
 from compactor import attention, prefill
@@ -428,15 +427,7 @@ def emulate_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.skipif(COMPILED or INTERPRETED, reason="the kernel runs in this process")
 def test_kernel_in_the_interpreter() -> None:
-    paths = os.pathsep.join(path for path in sys.path if path)
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "TestAttentionStats", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_passes_interpreted(__file__, "TestAttentionStats")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import pytest
 import torch
+from interpreter import assert_passes_interpreted
 
 from compactor.solve import refine as refine_module
 from compactor.solve.fit import Rows, held_out_rows
@@ -431,15 +430,7 @@ def as_heads(case: Case) -> list[HeadKeyValues]:
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.skipif(COMPILED or INTERPRETED, reason="the kernels run in this process")
 def test_kernels_in_the_interpreter() -> None:
-    paths = os.pathsep.join(path for path in sys.path if path)
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "TestRefineGradients", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_passes_interpreted(__file__, "TestRefineGradients")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

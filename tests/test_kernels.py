@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import pytest
 import torch
+from interpreter import assert_passes_interpreted
 
 from compactor_kernels import reference
 from compactor_kernels.reference import PartialAttention, biased_attention_reference
@@ -367,15 +366,7 @@ class TestBiasedDecode:
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.skipif(COMPILED or INTERPRETED, reason="the kernels run in this process")
 def test_kernels_in_the_interpreter() -> None:
-    paths = os.pathsep.join(path for path in sys.path if path)
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "TestBiasedDecode", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_passes_interpreted(__file__, "TestBiasedDecode")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

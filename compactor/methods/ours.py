@@ -14,7 +14,17 @@ from compactor.solve.budget import allocate
 from compactor.solve.fit import FitLayer
 from compactor.solve.select import Selection
 from compactor.solve.shrink import HeadCurve
-from compactor.study import Choose, Study, choose_keys, fit, picks_per_chunk, reference_rows, source_weights, stored
+from compactor.study import (
+    Choose,
+    Study,
+    choose_keys,
+    fit,
+    greedily,
+    picks_per_chunk,
+    reference_rows,
+    source_weights,
+    stored,
+)
 from compactor.types import Segment
 
 ERROR_ROUNDS = 5  # fits that look for the size of --max-error at most
@@ -24,11 +34,13 @@ CLOSE_ENOUGH = 0.05  # of the size: a bracket this narrow ends the search
 def solve_segments(
     study: Study, num_kept: int, name: str, segments: list[Segment], choose: Choose, refine_steps: int
 ) -> Compacted:
-    """Order all keys by ``choose`` on the reference segments, keep ``num_kept``; all sizes share the order ``name``."""
+    """Order all keys by ``choose`` on the reference segments, keep ``num_kept``; all sizes share the order ``name``,
+    except that the greedy search goes no deeper in long documents than a size needs."""
     weights = source_weights(study.job, segments)
+    depth = picks_per_chunk(study, num_kept) if choose is greedily else None
     with study.job.timed("select"):
         selection = study.once(
-            (name, "selection", picks_per_chunk(study, num_kept)),
+            (name, "selection", depth),
             lambda: choose_keys(study, segments, weights, num_kept, choose),
         )
     return solve(study, num_kept, selection, segments, weights, refine_steps)

@@ -296,9 +296,8 @@ def gram_of(parts: list[Rows], stored_keys: torch.Tensor, kept: torch.Tensor) ->
     sums = GramSum(1, len(kept), 1, solve_device(stored_keys.device))
     for rows in parts:
         for block in rows.blocks(len(kept)):
-            roots = block.root_weights.unsqueeze(-1)
-            shares = kept_attention(block, stored_keys, kept)
-            sums.add(shares * roots.to(shares.dtype), torch.zeros_like(roots))
+            shares, _ = attention_rows(block, stored_keys, kept)
+            sums.add(shares, torch.zeros_like(block.root_weights.unsqueeze(-1)))
     return sums.gram[0]
 
 
@@ -497,9 +496,9 @@ def choose_keys(
     for rows in parts:
         for block in rows.blocks(max(reserves), heads):
             roots = block.root_weights.unsqueeze(-1)
-            shares = kept_attention(block, stored, candidates)
+            shares, _ = attention_rows(block, stored, candidates)
             mass = -torch.expm1(block.near_share.unsqueeze(-1))  # 1 - the attention on prefix and local keys
-            sums.add(shares * roots.to(shares.dtype), mass * roots)
+            sums.add(shares, mass * roots)
             energy += as_sum(energies_of(block.out * roots), energy)
     chosen, solution, converged = choose_biases(sums.gram, sums.rhs[..., 0], counts, reserves, settings)
     sizes = torch.tensor(counts, device=device)
@@ -572,10 +571,9 @@ def fit_head_values(keys: LayerKeys, parts: Sequence[Rows], kept: KeptKeys, ridg
     for rows in parts:
         for sums, member in ((train, ~rows.held_out), (held_out, rows.held_out)):
             for block in rows.blocks(most, heads, member.nonzero().squeeze(-1)):
-                shares, near_weights = fitted_attention(block, kept.keys, kept.biases, kept.positions)
-                missing = block.out - near_weights.unsqueeze(-1) * block.near - attention.multiply(shares, values)
-                roots = block.root_weights.unsqueeze(-1)
-                sums.add(shares * roots.to(shares.dtype), missing * roots)
+                shares, near_weights = attention_rows(block, kept.keys, kept.positions, kept.biases)
+                wanted = (block.out - near_weights.unsqueeze(-1) * block.near) * block.root_weights.unsqueeze(-1)
+                sums.add(shares, wanted - attention.multiply(shares, values))
     return fit_values(train, held_out, kept.sizes.to(train.gram.device), ridge)
 
 
@@ -600,6 +598,50 @@ def finish(keys: LayerKeys, kept: KeptKeys, fit: ValueFit, naming: Naming) -> li
         errors = after, before, energy
         result.append(HeadFit(positions, own_keys, biases, own_values, ridge, bool(converged), *errors, gram))
     return result
+
+
+def attention_rows(
+    rows: Block,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    biases: torch.Tensor | None = None,
+    *,
+    weighted: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of a least squares problem: attention to document keys, multiplied by the root weights where
+    ``weighted``, (num_heads, rows, num_keys); and the attention that is left to prefix and local keys, (num_heads,
+    rows). With biases under the compacted normaliser (`fitted_attention`), without under the full one
+    (`kept_attention`); shapes as there. Half-precision rows that see all keys go through a kernel that writes them at
+    once.
+    """
+    if (
+        rows.document_stop is None
+        and attention.is_fast(rows.queries)
+        and attention.kernel_usable("kept_shares", rows.queries)
+    ):
+        return _rows_by_kernel(rows, *for_each(rows, keys, biases), weighted)
+    if biases is None:
+        shares, near_weights = kept_attention(rows, keys, positions), rows.near_share.exp()
+    else:
+        shares, near_weights = fitted_attention(rows, keys, biases, positions)
+    return shares * rows.root_weights.unsqueeze(-1).to(shares.dtype) if weighted else shares, near_weights
+
+
+def _rows_by_kernel(
+    rows: Block, keys: torch.Tensor, biases: torch.Tensor | None, weighted: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from compactor_kernels.kept_shares import kept_shares
+
+    shares, rest = kept_shares(
+        rows.queries,
+        keys.to(rows.queries.dtype).contiguous(),
+        (keys.new_zeros(keys.shape[:2]) if biases is None else biases).float().contiguous(),
+        (-rows.lse).contiguous(),
+        scaling=rows.scaling,
+        near_share=None if biases is None else rows.near_share.contiguous(),
+        root_weights=rows.root_weights.contiguous() if weighted else None,
+    )
+    return shares, rows.near_share.exp() if rest is None else rest
 
 
 def fitted_attention(
@@ -631,7 +673,7 @@ def fitted_output(
     out = torch.empty(rows.out[heads].shape, device=rows.out.device)
     stop = 0
     for block in rows.blocks(biases.shape[-1], heads):
-        shares, near_weights = fitted_attention(block, kept_keys, biases, kept)
+        shares, near_weights = attention_rows(block, kept_keys, kept, biases, weighted=False)
         part = attention.multiply(shares, for_each(block, kept_values, None)[0])
         part += near_weights.unsqueeze(-1) * block.near
         start, stop = stop, stop + part.shape[1] // out.shape[1]

@@ -16,6 +16,7 @@ from compactor.attention import half_product
 
 LEAF = 256  # columns below which splitting a symmetric product no longer pays
 DROPPED_ENERGY = 1e-6  # fraction of a block's squared Frobenius norm that may be left out
+SECOND_HALF = 2048.0  # what the second of two float16 numbers is multiplied by
 WORTH_DROPPING = 0.9  # of the columns: above it, gathering costs more than it saves
 
 
@@ -35,7 +36,7 @@ class GramSum:
         self.energy += as_sum(energies_of(targets), self.energy)
         if rows.dtype == torch.float16:
             self.gram += half_product(rows.mT, rows)
-            self.rhs += torch.bmm(rows.float().mT, targets)
+            self.rhs += half_times_float(rows, targets)
         elif len(rows) == 1:
             self._add_active(self.gram[0], self.rhs[0], rows[0], targets[0])
         else:
@@ -57,6 +58,19 @@ class GramSum:
             gram.view(-1).index_add_(
                 0, (active.unsqueeze(1) * gram.shape[1] + active).view(-1), as_sum(product, gram).view(-1)
             )
+
+
+def half_times_float(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return rows^T targets in float32 on the matrix units: rows (num_heads, n, a) float16; targets (num_heads, n, b)
+    float32, as the sum of two float16 of 11 bits each."""
+    unit = targets.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
+    scaled = targets / unit
+    high = scaled.half()
+    low = (scaled - high.float()).mul_(SECOND_HALF).half()
+    products = half_product(rows.mT, torch.cat([high, low], dim=-1))
+    first, second = products.split(targets.shape[-1], dim=-1)
+    result: torch.Tensor = (first + second / SECOND_HALF) * unit
+    return result
 
 
 def sum_dtype(rows: torch.Tensor) -> torch.dtype:
