@@ -120,18 +120,21 @@ def _try_kept_shares(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     from compactor_kernels.kept_shares import kept_shares
     from compactor_kernels.reference import kept_shares_reference
 
-    queries, keys = _draw(device, dtype, (HEADS, ROWS, head_dim), (HEADS, KEYS, head_dim))
+    rows = 3 * ROWS + 5  # several blocks, the last one not full
+    wide, keys = _draw(device, dtype, (HEADS, rows, 2, head_dim), (HEADS, KEYS, head_dim))
     biases, shift, near, roots = _draw(
-        device, torch.float32, (HEADS, KEYS), (HEADS, ROWS), (HEADS, ROWS), (HEADS, ROWS)
+        device, torch.float32, (HEADS, KEYS), (HEADS, rows), (HEADS, rows), (HEADS, rows)
     )
-    given = queries, keys, biases, shift - 3.0
+    given = wide[:, :, 1], keys, biases, shift - 3.0
     pairs: Pairs = []
     for normaliser, weights in ((None, None), (near, roots.abs())):
         found, expected = (
             run(*given, scaling=head_dim**-0.5, near_share=normaliser, root_weights=weights)
             for run in (kept_shares, kept_shares_reference)
         )
-        pairs += [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
+        for a, b in zip(found, expected, strict=True):
+            if a is not None and b is not None:
+                pairs += zip(a.split(64, dim=1), b.split(64, dim=1), strict=True)
     return pairs
 
 

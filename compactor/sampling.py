@@ -73,8 +73,8 @@ def sample_answers(
     section_prompts: for every section of `Sections.of` the same number of prompts (token ids after the document);
     whole_prompts: prompts that see the whole document. Answers come in the order section by section, then whole.
     Without a seed every token is the most likely one; equal seeds give equal answers on one machine. Prompts are one
-    batch, or several where the tails would take too much memory. The caller checks that prompt and answer fit the
-    window.
+    batch, or several where the tails would take too much memory; ``on_step`` hears of the last one's steps. The caller
+    checks that prompt and answer fit the window.
     """
     count, per_section = len(section_prompts), len(section_prompts[0]) if section_prompts else 0
     sections = Sections.of(len(full.document_ids), max(1, count))
@@ -106,9 +106,13 @@ def sample_answers(
             max_new_tokens,
             pick,
             stop_token_ids(loaded),
-            on_step=on_step,
+            on_step=on_step if last else _nothing,
         )
     return answers
+
+
+def _nothing(_steps: int) -> None:
+    """Take no note of the steps of all batches but the last."""
 
 
 def shared_layers(

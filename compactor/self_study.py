@@ -9,6 +9,7 @@ seen. Every answer is replayed after the whole document when queries are collect
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +46,7 @@ LEAST_PASSAGE, MOST_PASSAGE = 8, 48  # tokens: shorter sentences are joined, lon
 UNEVEN = 1.5  # passages of a section over the average, at most; neighbours are joined until then
 REPEATED_TOKENS = 16  # an answer ends where so many tokens come again: small models go round in circles
 SENTENCE_ENDS = ".!?;\u3002\uff01\uff1f\uff1b"  # the last four are Chinese and Japanese
-QUESTION_ENDS = ("?", "\uff1f", "\u061f", ";", "\u037e")  # also Chinese, Arabic and Greek ones
+QUESTION = re.compile("[^?\uff1f\u061f\u037e]*[?\uff1f\u061f\u037e]")  # the others are Chinese, Arabic and Greek marks
 CLOSING = "\"')]}\u00bb\u201d\u2019\u300d\u300f"
 
 
@@ -87,10 +88,8 @@ def self_study_segments(
     by_section = passages_by_section(prompt.tokenizer, prefilled.document_ids, plan.num_passages)
     asking = [[passage_prompt(prompt, passage) for passage in section] for section in by_section]
     whole = [prompt.question_ids(text) for text in WHOLE_PROMPTS[: plan.num_whole]]
-    longest = max(len(ids) for section in asking for ids in section)
-    most_asked = min(QUESTION_TOKENS, room - longest)
-    if most_asked < 1:
-        return []
+    most_asked = min(QUESTION_TOKENS, room - max(len(ids) for section in asking for ids in section))
+    most_whole = min(WHOLE_TOKENS, room - max(map(len, whole), default=room))
     segments: dict[tuple[int, ...], Segment] = {}
 
     def take(questions: list[list[int]], answers: list[list[int]]) -> None:
@@ -98,11 +97,13 @@ def self_study_segments(
             unique = tuple(until_repetition(answer))
             segments.setdefault(tuple(question), Segment((*question, *unique), "self-study", len(question)))
 
-    most_whole = min(WHOLE_TOKENS, room - max(map(len, whole), default=0))
-    steps = plan.rounds * (most_asked + plan.answer_tokens) + (most_whole if whole and most_whole > 0 else 0)
+    rounds = plan.rounds if most_asked > 0 else 0
+    steps = rounds * (most_asked + plan.answer_tokens) + max(0, most_whole)
+    if not steps:
+        return []
     with reporter.phase("self-study", steps, "steps") as advance:
         answer = partial(sample_answers, loaded, prefilled, on_step=advance)
-        for turn in range(plan.rounds):
+        for turn in range(rounds):
             texts = answer(padded(asking), [], max_new_tokens=most_asked, seed=seed + turn if turn else None)
             questions = question_prompts(prompt, by_section, texts)
             most = min(plan.answer_tokens, room - max((len(ids) for one in questions for ids in one), default=0))
@@ -112,20 +113,21 @@ def self_study_segments(
             rows = max(map(len, questions))
             for index, asked in enumerate(questions):
                 take(asked, answers[index * rows : index * rows + len(asked)])
-        if whole and most_whole > 0:
+        if most_whole > 0:
             take(whole, answer([], whole, max_new_tokens=most_whole, seed=seed))
     return list(segments.values())
 
 
 def passage_prompt(prompt: Prompt, passage: Sequence[int]) -> list[int]:
-    """Return the ids that ask for a question about a passage."""
-    return [*encode_plain(prompt.tokenizer, "\n\n" + PASSAGE_PROMPT), *passage, *prompt.suffix_ids]
+    """Return the ids that ask for a question about a passage, or about the beginning of a long one."""
+    quoted = passage[:MOST_PASSAGE]
+    return [*encode_plain(prompt.tokenizer, "\n\n" + PASSAGE_PROMPT), *quoted, *prompt.suffix_ids]
 
 
 def question_prompts(
     prompt: Prompt, by_section: Sequence[Sequence[Sequence[int]]], texts: Sequence[Sequence[int]]
 ) -> list[list[list[int]]]:
-    """Return what is asked about each section, ready to be answered: the first line of each text, once.
+    """Return what is asked about each section, ready to be answered: the question that begins each text, once.
 
     texts: tokens, one a row of `padded`. Where the model wrote no question, what follows the passage's first words is
     asked.
@@ -134,15 +136,22 @@ def question_prompts(
     for index, section in enumerate(by_section):
         asked: dict[tuple[int, ...], None] = {}
         for passage, text in zip(section, texts[index * rows :], strict=False):
-            lines = str(prompt.tokenizer.decode(list(text), skip_special_tokens=True)).strip().splitlines()
-            if lines and lines[0].rstrip().endswith(QUESTION_ENDS):
-                question = prompt.question_ids(lines[0].strip())
+            written = first_question(str(prompt.tokenizer.decode(list(text), skip_special_tokens=True)))
+            if written:
+                question = prompt.question_ids(written)
             else:
                 words = passage[: min(QUOTED_TOKENS, (len(passage) + 1) // 2)]
                 question = [*encode_plain(prompt.tokenizer, "\n\n" + PLAIN_PROMPT), *words, *prompt.suffix_ids]
             asked[tuple(question)] = None
         result.append([list(question) for question in asked])
     return result
+
+
+def first_question(text: str) -> str:
+    """Return the first line up to its first question mark; "" where it has none."""
+    lines = text.strip().splitlines()
+    found = QUESTION.match(lines[0]) if lines else None
+    return found[0].strip() if found else ""
 
 
 def padded(sections: Sequence[Sequence[list[int]]]) -> list[list[list[int]]]:
@@ -156,7 +165,7 @@ def passages_by_section(
     tokenizer: PreTrainedTokenizerBase, document_ids: Sequence[int], most: int
 ) -> list[list[list[int]]]:
     """Cut a document into at most ``most`` passages and return those that begin in each section of
-    `SECTION_TOKENS` or so; the sections are those of `Sections.of`, and none is empty."""
+    `SECTION_TOKENS` or so; the sections are those of `Sections.of`. Where passages are long some have none."""
     passages = cut_passages(tokenizer, document_ids, most)
     count = max(1, min(len(passages), round(len(document_ids) / SECTION_TOKENS)))
     step = Sections.of(len(document_ids), count).step
@@ -165,8 +174,6 @@ def passages_by_section(
     for passage in passages:
         result[min(start // step, count - 1)].append(passage)
         start += len(passage)
-    if not all(result):  # a passage of several sections: few and long ones are not worth sections
-        return [passages]
     return [joined(section, math.ceil(UNEVEN * len(passages) / count)) for section in result]
 
 
@@ -194,7 +201,8 @@ def cut_passages(tokenizer: PreTrainedTokenizerBase, document_ids: Sequence[int]
             closed = is_end
         if len(passages) <= most:
             return passages
-        least, longest = least + max(1, least // 8), longest + max(1, longest // 8)
+        scale = max(1.125, len(passages) / most)
+        least, longest = math.ceil(scale * least), math.ceil(scale * longest)
 
 
 def sentence_ends(tokenizer: PreTrainedTokenizerBase, document_ids: Sequence[int]) -> list[bool]:

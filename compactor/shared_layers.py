@@ -16,10 +16,12 @@ from compactor import attention
 from compactor.attach import AttendingCacheLayer, dense_heads, window_visibility
 from compactor.types import LayerCache
 
+OVERLAP = 48  # tokens: a passage that begins in a section ends in it
+
 
 @dataclass(frozen=True)
 class Sections:
-    """A document cut into equally long sections that overlap by a few tokens and cover it; or a run of them."""
+    """A document cut into equally long sections that overlap and cover it; or a run of them."""
 
     count: int
     step: int  # tokens between two starts
@@ -28,8 +30,9 @@ class Sections:
 
     @classmethod
     def of(cls, num_document: int, count: int) -> Sections:
-        """Cut ``num_document`` tokens into ``count`` sections."""
-        step = num_document // count
+        """Cut ``num_document`` tokens into ``count`` sections, each of which holds `OVERLAP` tokens of the next where
+        there are that many."""
+        step = max(1, (num_document - min(OVERLAP, num_document // (2 * count))) // count)
         return cls(count, step, num_document - (count - 1) * step)
 
     def run(self, first: int, count: int) -> Sections:

@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 
 MAX_HEAD_DIM = 256
-ALIGNMENT = 8  # columns: rows of the result begin at multiples of 16 bytes, as the matrix units like them
+ALIGNMENT = tl.constexpr(8)  # columns: rows of the result begin at multiples of 16 bytes, as the matrix units like them
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_HALF = tl.constexpr(60000.0)
+LOG2_LARGEST = tl.constexpr(15.872)
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _key_scores(  # type: ignore[no-untyped-def]
     return tl.fma(scores, scaling * LOG2_E, shift[:, None]) + (bias * LOG2_E)[None, :]
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_keys", "stride_share"])
+@triton.jit(do_not_specialize=["num_rows", "num_keys", "groups"])
 def _kept_shares(  # type: ignore[no-untyped-def]
     queries,  # (num_heads, num_rows, HEAD_DIM)
     keys,  # (num_heads, num_keys, HEAD_DIM)
@@ -60,14 +61,14 @@ def _kept_shares(  # type: ignore[no-untyped-def]
     row_shift,  # (num_heads, num_rows) fp32, like the next two and rest
     near_share,  # not read unless NORMALISE
     root_weights,  # not read unless WEIGHTED
-    shares,  # (num_heads, num_rows, stride_share) fp16
+    shares,  # (num_heads, num_rows, groups * ALIGNMENT) fp16
     rest,  # not written unless NORMALISE
     scaling,
     stride_query_head,
     stride_query_row,
     num_rows,
     num_keys,
-    stride_share,
+    groups,
     NORMALISE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -109,6 +110,7 @@ def _kept_shares(  # type: ignore[no-untyped-def]
     weight = tl.full((ROW_TILE,), 1.0, tl.float32)
     if WEIGHTED:
         weight = tl.load(root_weights + row)
+    stride_share = groups * ALIGNMENT  # a multiple that the compiler knows of: stores take 16 bytes at once
     out = shares + (head * num_rows + first_row + in_block).to(tl.int64)[:, None] * stride_share
     for first_key in range(0, num_keys, KEY_TILE):
         scores = _key_scores(
@@ -116,7 +118,9 @@ def _kept_shares(  # type: ignore[no-untyped-def]
             HEAD_DIM, DIM_TILE, KEY_TILE, PRODUCT_TYPE,
         )  # fmt: skip
         columns = first_key + tl.arange(0, KEY_TILE)
-        values = tl.minimum(tl.exp2(scores) * weight[:, None], LARGEST_HALF)
+        # what is no number stays none: the caller says so
+        powers = tl.exp2(tl.minimum(scores, LOG2_LARGEST, propagate_nan=tl.PropagateNan.ALL))
+        values = tl.minimum(powers * weight[:, None], LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
         # the columns that only align the rows are written too: scores of keys past the end are -inf
         tl.store(
             out + columns[None, :], values.to(tl.float16), mask=exists[:, None] & (columns < stride_share)[None, :]
@@ -169,8 +173,8 @@ def kept_shares(
     _check_inputs(queries, keys, biases, row_shift, near_share, root_weights)
     num_heads, num_rows, head_dim = queries.shape
     num_keys = keys.shape[1]
-    width = triton.cdiv(num_keys, ALIGNMENT) * ALIGNMENT
-    shares = torch.empty(num_heads, num_rows, width, dtype=torch.float16, device=queries.device)
+    groups = triton.cdiv(num_keys, ALIGNMENT.value)
+    shares = torch.empty(num_heads, num_rows, groups * ALIGNMENT.value, dtype=torch.float16, device=queries.device)
     rest = None if near_share is None else torch.empty_like(row_shift)
     if num_rows and num_keys:
         tiles = tiles or choose_tiles(head_dim, queries.element_size())
@@ -189,7 +193,7 @@ def kept_shares(
                 queries.stride(1),
                 num_rows,
                 num_keys,
-                width,
+                groups,
                 NORMALISE=near_share is not None,
                 WEIGHTED=root_weights is not None,
                 HEAD_DIM=head_dim,

@@ -126,8 +126,9 @@ def test_self_study_reads_all_weights_and_the_document_once_a_step(measured: Mea
     run, model = measured.run, measured.loaded.model
     total = TOKENS + len(prompts.build_prompt(measured.loaded.tokenizer).prefix_ids)
     weights = sum(weight.nbytes for weight in model.parameters())
-    steps = sum(one.steps for one in run.asked)
-    assert len(run.asked) == {"balanced": 2, "best": 4}[measured.settings.method]
+    rounds = {"balanced": 1, "best": 2}[measured.settings.method]
+    steps = rounds * (32 + 8)  # of questions and of answers
+    assert len(run.asked) == 2 * rounds
     assert all(one.of_sections and not one.of_whole for one in run.asked)
     assert sum(one.bytes for one in measured.work["ask"]) == steps * (weights + total * 2 * 2 * 2 * 16 * 4)
 

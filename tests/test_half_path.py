@@ -20,7 +20,7 @@ from compactor.job import prepare
 from compactor.model import LoadedModel, load_model
 from compactor.packed import near_exact, near_fused, pack
 from compactor.pipeline import compact
-from compactor.solve import gram
+from compactor.solve import fit, gram
 from compactor.study import prefill_document
 from compactor.types import Segment
 from compactor_kernels.reference import kept_shares_reference
@@ -119,6 +119,19 @@ def test_context_scores_of_both_paths_agree(tmp_path: Path, request: pytest.Fixt
         assert float(ratio) < 0.05
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_pytorchs_fused_kernel_attends_as_its_emulation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to("cuda", torch.bfloat16)  # noqa: E731
+    packed = pack([Segment(tuple(range(length)), "repeat") for length in (7, 1, 300, 2)], logical_length=100)
+    rows = packed.num_rows
+    queries, keys, values, prefix = draw(2, 3, rows, 64), draw(2, rows, 64), draw(2, rows, 64), draw(2, 5, 64)
+    fast = near_fused(packed, queries, keys, values, (prefix, prefix), 0.125)
+    exact = near_exact(packed, queries, keys, values, (prefix, prefix), 0.125)
+    torch.testing.assert_close(fast[1], exact[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fast[0], exact[0], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("prefix_length", [0, 5])
 def test_segments_attend_to_prefix_and_themselves_as_in_float32(prefix_length: int, emulated: None) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -142,8 +155,9 @@ def test_a_product_with_float32_columns_loses_nothing(emulated: None) -> None:
     targets = torch.randn(2, 300, 5, generator=generator) * torch.logspace(-6, 2, 5)
     found = gram.half_times_float(rows, targets)
     expected = rows.double().mT @ targets.double()
-    scale = (rows.double().mT @ targets.double().abs().amax((1, 2), keepdim=True).expand_as(targets)).amax()
-    assert float((found.double() - expected).abs().max()) < 1e-6 * float(scale)
+    for column in range(5):
+        norm = float(expected[..., column].norm())
+        assert float((found[..., column].double() - expected[..., column]).norm()) < 2e-6 * norm
     assert not gram.half_times_float(rows, torch.zeros_like(targets)).any()
 
 
@@ -152,6 +166,7 @@ def test_a_compaction_through_the_kernel_of_shares_is_the_same(
 ) -> None:
     loaded, document = loaded_in(tmp_path, "bfloat16"), make_document("lease", TEXT)
     settings = CompactSettings(keep_ratio=0.3, self_study_tokens=64, reserve=128, refine_steps=3, certify=False)
+    monkeypatch.setattr(fit, "BIAS_TOLERANCE", 1e-9)  # where it stops early is a matter of the last digits
     plain = compact(document, loaded, settings)
     calls: list[bool] = []
 

@@ -119,6 +119,19 @@ class TestKeptShares:
         case = replace(case, row_shift=torch.full_like(case.row_shift, 50.0))
         assert case.kernel().shares.isfinite().all() and float(case.kernel().shares.max()) > 5e4
 
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_what_is_no_number_stays_none(self, weighted: bool) -> None:
+        case = make_case(20, 30, weighted=weighted)
+        case.keys[0, 3] = torch.nan
+        assert not case.kernel().shares[0].isfinite().any() and case.kernel().shares[1].isfinite().all()
+
+    def test_rows_that_weigh_nothing_give_nothing_however_large_they_are(self) -> None:
+        case = make_case(5, 7, normalise=False)
+        case = replace(
+            case, row_shift=torch.full_like(case.row_shift, 1e4), root_weights=torch.zeros_like(case.row_shift)
+        )
+        assert not case.kernel().shares.any()
+
     def test_keys_of_bias_minus_infinity_get_nothing(self) -> None:
         case = make_case(20, 30)
         case.biases[0, 11:] = -torch.inf

@@ -473,12 +473,13 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_layer_and_head(
         get_method(method)(study, 150)
 
 
+@pytest.mark.parametrize("factor", [-1.0, float("nan")])
 @pytest.mark.parametrize("keep_curves", [False, True])
 def test_a_head_that_its_refinement_made_worse_stays_as_it_was(
-    tiny: LoadedModel, keep_curves: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, keep_curves: bool, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil(_self: Refiner, _parts: Any, heads: list[HeadKeyValues]) -> list[HeadKeyValues]:
-        return [replace(heads[0], values=-heads[0].values), *heads[1:]]
+        return [replace(heads[0], values=factor * heads[0].values), *heads[1:]]
 
     study = study_of(tiny, keep_curves=keep_curves)
     plain = get_method("balanced")(asking(study, refine_steps=0, keep_ratio=0.2), 60)

@@ -24,7 +24,7 @@ from compactor.prefill import Prefilled
 from compactor.prompt import encode_plain
 from compactor.sampling import Nucleus, sample_answers
 from compactor.self_study import cut_passages, make_plan, passages_by_section, self_study_segments, until_repetition
-from compactor.shared_layers import Sections
+from compactor.shared_layers import OVERLAP, Sections
 from compactor.study import prefill_document
 from compactor.types import LayerCache, SilentReporter
 
@@ -241,7 +241,8 @@ def test_sections_cover_the_document(num_document: int) -> None:
         assert spans[0][0] == 0 and spans[-1][1] == num_document and len(spans) == count
         for (start, stop), (following, _) in pairwise(spans):
             assert start < following <= stop
-            assert stop - following < count  # they overlap by a few tokens at most
+            assert stop - following < count + OVERLAP + 1  # they overlap by a passage and a few tokens at most
+            assert stop - following >= min(OVERLAP, num_document // (2 * count))
 
 
 # ------------------------------------------------------------------------------------------- prompts and answers
@@ -290,8 +291,37 @@ def test_every_section_has_the_passages_that_begin_in_it(places: Callable[..., P
         for passage in section:
             assert min(start // cut.step, cut.count - 1) == index
             start += len(passage)
-    few = passages_by_section(tokenizer, ids, 3)
-    assert [token for section in few for passage in section for token in passage] == ids and all(few)
+    few = passages_by_section(tokenizer, ids, 3)  # a passage of several sections
+    assert [token for section in few for passage in section for token in passage] == ids
+    assert len(few) == 3
+
+
+def test_a_long_passage_is_quoted_by_its_beginning_and_leaves_sections_without_one(
+    places: Callable[..., Place],
+) -> None:
+    place = places("llama")
+    passage = list(range(20, 20 + 3 * self_study.MOST_PASSAGE))
+    asked, suffix = self_study.passage_prompt(place.job.prompt, passage), list(place.job.prompt.suffix_ids)
+    assert asked[-len(suffix) - self_study.MOST_PASSAGE :] == [*passage[: self_study.MOST_PASSAGE], *suffix]
+    texts = [encode_plain(place.loaded.tokenizer, "Who pays?")] * 3
+    assert self_study.question_prompts(place.job.prompt, [[passage], [], [passage]], texts) == [
+        [place.job.prompt.question_ids("Who pays?")], [], [place.job.prompt.question_ids("Who pays?")],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("Who pays?", "Who pays?"),
+        ("Who pays? The tenant.\nOr not?", "Who pays?"),
+        ("  \u8ab0\u304c\uff1f", "\u8ab0\u304c\uff1f"),
+        ("The tenant pays.\nWho?", ""),
+        ("int x = 1;", ""),
+        (" \n ", ""),
+    ],
+)
+def test_a_question_is_the_first_line_up_to_its_mark(text: str, question: str) -> None:
+    assert self_study.first_question(text) == question
 
 
 def test_neighbours_are_joined_until_they_are_few_enough() -> None:
@@ -317,7 +347,12 @@ def test_segments_never_exceed_the_room(places: Callable[..., Place]) -> None:
         for section in passages_by_section(place.loaded.tokenizer, place.full.document_ids, 6)
         for passage in section
     )
-    assert segments_of(place, longest) == []
+    assert segments_of(place, 10) == []
+    whole = segments_of(place, longest, total_tokens=2000)  # no room to ask about passages: what is left is the whole
+    assert whole and all(
+        one.token_ids[: one.answer_start] == tuple(place.job.prompt.question_ids(text))
+        for one, text in zip(whole, self_study.WHOLE_PROMPTS, strict=False)
+    )
     for room in (longest + 1, longest + 9, longest + 40, 4096):
         made = segments_of(place, room)
         assert all(len(segment.token_ids) <= room for segment in made)

@@ -41,7 +41,7 @@ def study_summary(study: Study, token_ids: list[int], num_kept: int) -> SummaryS
     job, key = summary_job(study.job, token_ids, num_kept / (num_heads(study) * len(token_ids))), tuple(token_ids)
     with study.job.timed("summarise"):  # and not "prefill", which is the document's
         full = study.once((key, "prefill"), lambda: prefill_document(replace(job, seconds={})))
-    return SummaryStudy(job, full, of=study, key=key)
+    return SummaryStudy(job, full, asked=study.asked, of=study, key=key)
 
 
 def summary_job(job: Job, token_ids: list[int], keep_ratio: float) -> Job:

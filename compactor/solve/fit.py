@@ -43,7 +43,7 @@ BIAS_PRIOR = 1e-3  # pull of each b towards 1, relative to its own diagonal entr
 REFILLS = 3  # rounds in which keys at the lower bound give their slot to the next of the ranking
 WORTH_A_REFILL = 0.01  # of the kept keys: fewer at the lower bound stay where they are
 RESERVE_FRACTION, RESERVE_LEAST, RESERVE_MOST = 0.125, 8, 128  # candidates beyond the count, for refills
-BIAS_TOLERANCE = 1e-6  # stopping test of the biases; the data are float32
+BIAS_TOLERANCE = 1e-3  # stopping test of the biases: values and refinement make up for what is left
 CPU_GRAM_ROWS = 512  # query positions of one Gram block on a CPU: few enough that they look at some of the keys only
 AT_FLOOR = 1.0 + 1e-6
 SMALL = 1 << 36  # multiplications of a batch's Gram matrices below which heads of all lengths share it
@@ -228,12 +228,14 @@ class FitLayer(PackedLayer):
         is further from the exact output than it was, both as stored, stays as it was."""
         heads = refine_heads(before, rows, refiner, num_document)
         outputs, errors = self._outputs(heads, rows)
-        worse = [i for i, error in enumerate(errors) if error > before[i].squared_error and heads[i] is not before[i]]
+        worse = [
+            i for i, error in enumerate(errors) if not error <= before[i].squared_error and heads[i] is not before[i]
+        ]
         if worse:
             mixed = [before[i] if i in worse else head for i, head in enumerate(heads)]
             outputs_before, errors_before = self._outputs(mixed, rows)
             for i in worse:
-                if errors_before[i] <= errors[i]:
+                if not errors_before[i] > errors[i]:  # it may not be a number
                     heads[i], errors[i], outputs[i] = before[i], errors_before[i], outputs_before[i]
         return [
             self._measured(i, head, error, rows) for i, (head, error) in enumerate(zip(heads, errors, strict=True))

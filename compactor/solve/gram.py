@@ -62,8 +62,8 @@ class GramSum:
 
 def half_times_float(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return rows^T targets in float32 on the matrix units: rows (num_heads, n, a) float16; targets (num_heads, n, b)
-    float32, as the sum of two float16 of 11 bits each."""
-    unit = targets.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
+    float32, each column as the sum of two float16 of 11 bits."""
+    unit = targets.abs().amax(1, keepdim=True).clamp_min(1e-30)
     scaled = targets / unit
     high = scaled.half()
     low = (scaled - high.float()).mul_(SECOND_HALF).half()
