@@ -17,8 +17,8 @@ import torch
 from interpreter import assert_passes_interpreted
 
 from compactor.solve import refine as refine_module
-from compactor.solve.fit import Rows, held_out_rows
 from compactor.solve.refine import HeadKeyValues, Refiner
+from compactor.solve.rows import Rows, held_out_rows
 from compactor_kernels import reference
 from compactor_kernels.reference import FitRows, Gradients, refine_gradients_reference
 

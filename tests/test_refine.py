@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from compactor.solve import refine as refine_module
-from compactor.solve.fit import Rows, fitted_output, held_out_rows, squared_error
 from compactor.solve.refine import HeadKeyValues, Problem, Refiner, batches, rate
+from compactor.solve.rows import Rows, fitted_output, held_out_rows, squared_error
 from compactor_kernels.reference import FitRows, Gradients, refine_gradients_reference
 
 KV_HEADS, GROUP, ROWS, DIM, DOCUMENT = 3, 2, 160, 8, 48

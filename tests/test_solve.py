@@ -29,17 +29,15 @@ from compactor.solve.fit import (
     HeadFit,
     KeptKeys,
     LayerKeys,
-    Rows,
     choose_biases,
     context_rows,
     fit_head_values,
     fit_heads,
-    fitted_attention,
     fitted_outputs,
     head_batches,
-    kept_attention,
 )
 from compactor.solve.gram import GramSum, add_symmetric_product
+from compactor.solve.rows import Rows, fitted_attention, kept_attention
 from compactor.solve.select import select_keys
 from compactor.solve.values import RIDGES, RidgeStats, fit_values, solve_in_float32, solve_ridge
 from compactor.types import LayerCache, Segment
@@ -512,7 +510,7 @@ def test_every_key_kept_is_every_key_unchanged() -> None:
 def test_rows_cut_into_blocks_give_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     one = case(40)
     whole = one.fit(one.rows(), torch.arange(40), 10)
-    monkeypatch.setattr("compactor.solve.fit.CPU_GRAM_ROWS", 7)
+    monkeypatch.setattr("compactor.solve.rows.CPU_GRAM_ROWS", 7)
     cut = one.fit(one.rows(), torch.arange(40), 10)
     assert torch.equal(whole.kept, cut.kept)
     torch.testing.assert_close(whole.biases, cut.biases, atol=1e-3, rtol=1e-3)

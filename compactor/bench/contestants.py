@@ -26,8 +26,9 @@ from compactor.methods.attention_matching_rms import RmsLayer
 from compactor.packed import ExactRows, Packed
 from compactor.solve.budget import allocate
 from compactor.solve.chunk_grams import ChunkGrams, add_diagonal, add_rows
-from compactor.solve.fit import LayerKeys, Rows, assemble, choose_heads, held_out_rows, refine_heads, refit_heads
+from compactor.solve.fit import LayerKeys, assemble, choose_heads, refine_heads, refit_heads
 from compactor.solve.refine import Refiner
+from compactor.solve.rows import Rows, held_out_rows
 from compactor.solve.select import LayerCurves, greedy_curves
 from compactor.types import LayerCache
 

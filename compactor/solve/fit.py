@@ -5,21 +5,14 @@ values (values.py), both jointly over the kept keys of all chunks and with the t
 values together (refine.py). The layer then returns attention over its compacted self, so that the next layer sees what
 it will see at decode time.
 
-Exact attention is computed once per row. What prefix and local keys give to it does not change when the document is
-compacted, except for the normaliser: with their log-sum-exp and output known, a row needs only its scores on the kept
-keys:
-
-    lse' = log(exp(near_lse) + sum over kept j of exp(s q_i.k_j + beta_j))
-    out'_i = exp(near_lse - lse') near_i + sum over kept j of exp(s q_i.k_j + beta_j - lse') v'_j
-
-On a GPU heads of similar length are fitted as one batch (`head_batches`), padded to the longest with keys of bias -inf;
-elsewhere each head alone.
+Exact attention is computed once per row (rows.py). On a GPU heads of similar length are fitted as one batch
+(`head_batches`), padded to the longest with keys of bias -inf; elsewhere each head alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -34,24 +27,21 @@ from compactor.prefill import context_spans
 from compactor.solve.biases import not_finite, require_finite, solve_box_nnls_batched
 from compactor.solve.gram import GramSum, as_sum, energies_of
 from compactor.solve.refine import HeadKeyValues, Refiner
+from compactor.solve.rows import Heads, Rows, attention_rows, fitted_output, held_out_rows, squared_errors
 from compactor.solve.shrink import HeadCurve, chunk_blocks
 from compactor.solve.values import ValueFit, fit_values
 from compactor.types import Advance, LayerCache
 
-HELD_OUT_SPAN, HELD_OUT_EVERY = 32, 5  # one span of 32 rows in five chooses the ridge
 BIAS_PRIOR = 1e-3  # pull of each b towards 1, relative to its own diagonal entry
 REFILLS = 3  # rounds in which keys at the lower bound give their slot to the next of the ranking
 WORTH_A_REFILL = 0.01  # of the kept keys: fewer at the lower bound stay where they are
 RESERVE_FRACTION, RESERVE_LEAST, RESERVE_MOST = 0.125, 8, 128  # candidates beyond the count, for refills
 BIAS_TOLERANCE = 1e-3  # stopping test of the biases: values and refinement make up for what is left
-CPU_GRAM_ROWS = 512  # query positions of one Gram block on a CPU: few enough that they look at some of the keys only
 AT_FLOOR = 1.0 + 1e-6
 SMALL = 1 << 36  # multiplications of a batch's Gram matrices below which heads of all lengths share it
 LEAST_FILLED = 0.5  # of the Gram matrices of a larger one
 
-Heads = slice | torch.Tensor  # which KV heads: a range of them, or their int64 indices
 Naming = Callable[[int], AbstractContextManager[None]]  # puts the name of a KV head before an error raised inside
-ALL_HEADS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -92,65 +82,6 @@ class HeadFit:
     def relative_error(self) -> float:
         """Square root of the squared error over the energy."""
         return math.sqrt(self.squared_error / self.energy) if self.energy > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Reference rows of some KV heads and their exact attention."""
-
-    queries: torch.Tensor  # (num_heads, group, num_rows, head_dim), the model's type
-    scaling: float
-    root_weights: torch.Tensor  # (num_heads, group, num_rows) float32: square roots of the row weights
-    lse: torch.Tensor  # (num_heads, group, num_rows) float32: over prefix, document and local keys
-    near_share: torch.Tensor  # (num_heads, group, num_rows) float32: logarithm of the attention on prefix, local keys
-    near: torch.Tensor  # (num_heads, group, num_rows, head_dim) float32: their output, normalised among themselves
-    out: torch.Tensor  # (num_heads, group, num_rows, head_dim) float32: the whole output
-    held_out: torch.Tensor  # (num_rows,) bool: chooses the ridge instead of being fitted
-    document_stop: torch.Tensor | None = None  # (num_rows,) int64: document keys that the row sees; None is all
-
-    def head(self, index: int) -> Rows:
-        """Return the rows of one KV head, which keep their leading dimension."""
-        own = {
-            name: getattr(self, name)[index : index + 1]
-            for name in ("queries", "root_weights", "lse", "near_share", "near", "out")
-        }
-        return replace(self, **own)
-
-    def blocks(self, num_columns: int, heads: Heads = ALL_HEADS, chosen: torch.Tensor | None = None) -> Iterator[Block]:
-        """Cut the rows of some heads, all or the ``chosen`` (int64), such that ``num_columns`` scores a row of a head
-        stay within the device's block size."""
-        device, (num_all, group, num_rows) = self.lse.device, self.lse.shape
-        num_heads = len(range(num_all)[heads]) if isinstance(heads, slice) else len(heads)
-        count = num_rows if chosen is None else len(chosen)
-        most = -(-CPU_GRAM_ROWS * count // max(1, num_rows)) if device.type == "cpu" else count
-        step = max(1, min(most, attention.block_elements(device) // (num_heads * group * max(1, num_columns))))
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
-            yield self._block(heads, rows if chosen is None else chosen[rows])
-
-    def _block(self, heads: Heads, rows: slice | torch.Tensor) -> Block:
-        def cut(part: torch.Tensor) -> torch.Tensor:
-            own = part[heads][:, :, rows] if isinstance(heads, slice) else part[:, :, rows][heads]
-            return own.flatten(1, 2)
-
-        whole = (self.queries, self.root_weights, self.lse, self.near_share, self.near, self.out)
-        queries, roots, lse, near_share, near, out = map(cut, whole)
-        stops = None if self.document_stop is None else self.document_stop[rows].repeat(self.lse.shape[1])
-        return Block(queries, self.scaling, roots, lse, near_share, near, out, stops)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of some KV heads; the group of query heads is flattened into the rows. See `Rows`."""
-
-    queries: torch.Tensor  # (num_heads, num_rows, head_dim)
-    scaling: float
-    root_weights: torch.Tensor  # (num_heads, num_rows)
-    lse: torch.Tensor
-    near_share: torch.Tensor
-    near: torch.Tensor  # (num_heads, num_rows, head_dim)
-    out: torch.Tensor
-    document_stop: torch.Tensor | None  # (num_rows,)
 
 
 @dataclass(frozen=True)
@@ -282,17 +213,6 @@ def refine_heads(heads: list[HeadFit], rows: list[Rows], refiner: Refiner, num_d
     ]
 
 
-def squared_error(rows: Rows, output: torch.Tensor) -> float:
-    """Return the weighted squared distance of outputs (num_heads, group, num_rows, head_dim) from the exact ones."""
-    return float(squared_errors(rows, output).sum())
-
-
-def squared_errors(rows: Rows, output: torch.Tensor) -> torch.Tensor:
-    """Return the same of each head, (num_heads,)."""
-    parts = zip(output, rows.out, rows.root_weights, strict=True)
-    return torch.cat([energies_of(((made - exact) * roots.unsqueeze(-1))[None]) for made, exact, roots in parts])
-
-
 def gram_of(parts: list[Rows], stored_keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Return sum of w A_i A_i^T over all rows of one head, float64; A_i: attention to the kept keys without biases."""
     sums = GramSum(1, len(kept), 1, solve_device(stored_keys.device))
@@ -365,12 +285,6 @@ def context_rows(full: LayerCache, inputs: FitInputs, queries: torch.Tensor, sca
     return Rows(
         own, scaling, roots, lse, near_share, near_out, out, held_out_rows(lse.shape[2], device), stops[first_row:]
     )
-
-
-def held_out_rows(count: int, device: torch.device) -> torch.Tensor:
-    """Return bool (count,): which of the rows choose the ridge instead of being fitted."""
-    spans = torch.arange(count, device=device) // HELD_OUT_SPAN
-    return spans % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 def unnamed(_head: int) -> AbstractContextManager[None]:
@@ -602,87 +516,6 @@ def finish(keys: LayerKeys, kept: KeptKeys, fit: ValueFit, naming: Naming) -> li
     return result
 
 
-def attention_rows(
-    rows: Block,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    biases: torch.Tensor | None = None,
-    *,
-    weighted: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of a least squares problem: attention to document keys, multiplied by the root weights where
-    ``weighted``, (num_heads, rows, num_keys); and the attention that is left to prefix and local keys, (num_heads,
-    rows). With biases under the compacted normaliser (`fitted_attention`), without under the full one
-    (`kept_attention`); shapes as there. Half-precision rows that see all keys go through a kernel that writes them at
-    once.
-    """
-    if (
-        rows.document_stop is None
-        and attention.is_fast(rows.queries)
-        and attention.kernel_usable("kept_shares", rows.queries)
-    ):
-        return _rows_by_kernel(rows, *for_each(rows, keys, biases), weighted)
-    if biases is None:
-        shares, near_weights = kept_attention(rows, keys, positions), rows.near_share.exp()
-    else:
-        shares, near_weights = fitted_attention(rows, keys, biases, positions)
-    return shares * rows.root_weights.unsqueeze(-1).to(shares.dtype) if weighted else shares, near_weights
-
-
-def _rows_by_kernel(
-    rows: Block, keys: torch.Tensor, biases: torch.Tensor | None, weighted: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from compactor_kernels.kept_shares import kept_shares
-
-    shares, rest = kept_shares(
-        rows.queries,
-        keys.to(rows.queries.dtype).contiguous(),
-        (keys.new_zeros(keys.shape[:2]) if biases is None else biases).float().contiguous(),
-        (-rows.lse).contiguous(),
-        scaling=rows.scaling,
-        near_share=None if biases is None else rows.near_share.contiguous(),
-        root_weights=rows.root_weights.contiguous() if weighted else None,
-    )
-    return shares, rows.near_share.exp() if rest is None else rest
-
-
-def fitted_attention(
-    rows: Block, kept_keys: torch.Tensor, biases: torch.Tensor, kept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return attention to the kept keys under the compacted normaliser, (num_heads, rows, num_kept), and the attention
-    that is left to prefix and local keys together, (num_heads, rows).
-
-    kept_keys (num_heads, num_kept, head_dim), biases and kept (num_heads, num_kept), or all without heads. Taken in
-    logarithms: a row that looked at one key which is not kept may have nothing else within range of a float.
-    """
-    scores = attention.shifted_scores(rows.queries, *for_each(rows, kept_keys, biases), rows.scaling, -rows.lse)
-    hide_later(scores, rows, kept, -math.inf)
-    shift = torch.logaddexp(scores.logsumexp(-1), rows.near_share)  # lse' - lse
-    scores -= shift.unsqueeze(-1)
-    return attention.exponential_of(scores, rows.queries), (rows.near_share - shift).exp()
-
-
-def fitted_output(
-    rows: Rows,
-    kept_keys: torch.Tensor,
-    kept_values: torch.Tensor,
-    biases: torch.Tensor,
-    kept: torch.Tensor,
-    heads: Heads = ALL_HEADS,
-) -> torch.Tensor:
-    """Return attention of the rows of some heads over their compacted selves, (num_heads, group, num_rows, head_dim);
-    shapes as `fitted_attention`."""
-    out = torch.empty(rows.out[heads].shape, device=rows.out.device)
-    stop = 0
-    for block in rows.blocks(biases.shape[-1], heads):
-        shares, near_weights = attention_rows(block, kept_keys, kept, biases, weighted=False)
-        part = attention.multiply(shares, for_each(block, kept_values, None)[0])
-        part += near_weights.unsqueeze(-1) * block.near
-        start, stop = stop, stop + part.shape[1] // out.shape[1]
-        out[:, :, start:stop] = part.view(len(out), out.shape[1], -1, out.shape[-1])
-    return out
-
-
 def fitted_outputs(rows: Rows, heads: Sequence[HeadFit], dtype: torch.dtype) -> torch.Tensor:
     """Return attention of all rows over all fitted heads, their keys and values rounded to ``dtype``; see
     `fitted_output`."""
@@ -700,31 +533,6 @@ def fitted_outputs(rows: Rows, heads: Sequence[HeadFit], dtype: torch.dtype) -> 
 def pad(parts: list[torch.Tensor], filling: float = 0.0) -> torch.Tensor:
     """Return tensors of unlike length as one, (num_heads, longest, ...)."""
     return parts[0][None] if len(parts) == 1 else pad_sequence(parts, batch_first=True, padding_value=filling)
-
-
-def kept_attention(rows: Block, stored_keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Attention of a block of rows to some document keys under the full normaliser.
-
-    stored_keys: (num_heads, num_keys, head_dim); positions: (num_heads, num_keys) int64; or both without heads. Returns
-    (num_heads, rows, num_keys), float16 where `attention.is_fast`, else float32.
-    """
-    keys, _ = for_each(rows, stored_keys, None)
-    shares = attention.exponentials(rows.queries, keys, rows.scaling, -rows.lse)
-    hide_later(shares, rows, positions, 0.0)
-    return shares
-
-
-def for_each(rows: Block, keys: torch.Tensor, biases: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Repeat keys (num_keys, head_dim) and biases (num_keys,) for all heads of the rows, without a copy; those that are
-    given for each head stay as they are."""
-    count = len(rows.queries)
-    return keys.expand(count, -1, -1), None if biases is None else biases.expand(count, -1)
-
-
-def hide_later(scores: torch.Tensor, rows: Block, positions: torch.Tensor, value: float) -> None:
-    """Fill the entries of document keys, at positions (num_heads, num_keys) or (num_keys,), that a row does not see."""
-    if rows.document_stop is not None:
-        scores.masked_fill_(positions.unsqueeze(-2) >= rows.document_stop.unsqueeze(-1), value)
 
 
 def solve_device(device: torch.device) -> torch.device:

@@ -27,7 +27,7 @@ import torch
 from compactor import attention
 
 if TYPE_CHECKING:
-    from compactor.solve.fit import Rows
+    from compactor.solve.rows import Rows
     from compactor_kernels.refine_gradients import GradientPlan
 
 DISTANCE, FASTEST = 9.0, 0.1  # sum of all rates, and the highest; in root-mean-square units of a head's keys and values
