@@ -36,7 +36,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load_vectors(base, steps, dims, stride, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_vectors(base, steps, dims, stride, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load the vectors ``base + steps * stride``, (len(steps), DIM_TILE), zero beyond HEAD_DIM."""
     pointers = base + steps[:, None] * stride + dims[None, :]
     if HEAD_DIM == DIM_TILE:
@@ -99,7 +99,7 @@ def _stream_rows(  # type: ignore[no-untyped-def]
         # rows past the end repeat the last one, and a shift of -inf takes them out: no mask on the tile itself
         steps = tl.minimum(in_tile, rows_left - 1)
         base = queries + head * stride_head + row.to(tl.int64) * stride_row
-        query_tile = _load_vectors(base, steps, dims, stride_row, HEAD_DIM, DIM_TILE).to(PRODUCT_TYPE)
+        query_tile = load_vectors(base, steps, dims, stride_row, HEAD_DIM, DIM_TILE).to(PRODUCT_TYPE)
         shift = tl.load(row_shift + head * num_rows + row + in_tile, mask=in_tile < rows_left, other=float("-inf"))
         scores = tl.dot(query_tile, keys_transposed, input_precision="ieee")  # (ROW_TILE, KEY_TILE), fp32
         logs = tl.fma(scores, scaling * POWER, (shift * POWER)[:, None])
@@ -159,7 +159,7 @@ def _attention_stats(  # type: ignore[no-untyped-def]
     key_positions = first_key + in_block
     base = keys + kv_head.to(tl.int64) * stride_key_head + first_key.to(tl.int64) * stride_key_row
     steps = tl.minimum(in_block, kv_len - 1 - first_key)  # keys past the end repeat the last one and are not stored
-    key_tile = _load_vectors(base, steps, tl.arange(0, DIM_TILE), stride_key_row, HEAD_DIM, DIM_TILE)
+    key_tile = load_vectors(base, steps, tl.arange(0, DIM_TILE), stride_key_row, HEAD_DIM, DIM_TILE)
     keys_transposed = tl.trans(key_tile.to(PRODUCT_TYPE))
 
     # rows before first_row see nothing of this block, rows from full_row on see all of it

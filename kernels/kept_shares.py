@@ -22,21 +22,14 @@ import torch
 import triton
 import triton.language as tl
 
+from compactor_kernels.attention_stats import load_vectors
+
 MAX_HEAD_DIM = 256
 ALIGNMENT = tl.constexpr(8)  # columns: rows of the result begin at multiples of 16 bytes, as the matrix units like them
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_HALF = tl.constexpr(60000.0)
 LOG2_LARGEST = tl.constexpr(15.872)
-
-
-@triton.jit
-def _load_tile(base, steps, dims, stride, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load the vectors ``base + steps * stride``, (len(steps), DIM_TILE), zero beyond HEAD_DIM."""
-    pointers = base + steps[:, None] * stride + dims[None, :]
-    if HEAD_DIM == DIM_TILE:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
 
 
 @triton.jit
@@ -47,7 +40,7 @@ def _key_scores(  # type: ignore[no-untyped-def]
     """Return s of a tile of keys in base 2, (ROW_TILE, KEY_TILE) fp32; -inf for keys past the end."""
     in_tile = tl.arange(0, KEY_TILE)
     steps = tl.minimum(first_key + in_tile, num_keys - 1)
-    key_tile = _load_tile(keys, steps, tl.arange(0, DIM_TILE), stride_key, HEAD_DIM, DIM_TILE).to(PRODUCT_TYPE)
+    key_tile = load_vectors(keys, steps, tl.arange(0, DIM_TILE), stride_key, HEAD_DIM, DIM_TILE).to(PRODUCT_TYPE)
     bias = tl.load(biases + first_key + in_tile, mask=first_key + in_tile < num_keys, other=float("-inf"))
     scores = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee")
     return tl.fma(scores, scaling * LOG2_E, shift[:, None]) + (bias * LOG2_E)[None, :]
@@ -84,7 +77,9 @@ def _kept_shares(  # type: ignore[no-untyped-def]
     exists = first_row + in_block < num_rows
     steps = tl.minimum(in_block, num_rows - 1 - first_row)  # rows past the end repeat the last one; they are not stored
     base = queries + head * stride_query_head + first_row.to(tl.int64) * stride_query_row
-    query_tile = _load_tile(base, steps, tl.arange(0, DIM_TILE), stride_query_row, HEAD_DIM, DIM_TILE).to(PRODUCT_TYPE)
+    query_tile = load_vectors(base, steps, tl.arange(0, DIM_TILE), stride_query_row, HEAD_DIM, DIM_TILE).to(
+        PRODUCT_TYPE
+    )
     row = head * num_rows + first_row + steps
     shift = tl.load(row_shift + row) * LOG2_E
     keys += head * num_keys * HEAD_DIM
