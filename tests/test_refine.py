@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from compactor.solve import refine as refine_module
-from compactor.solve.refine import HeadKeyValues, Problem, Refiner, batches, rate
+from compactor.solve.refine import HeadKeyValues, Problem, Refiner, batches, draw_rows, rate
 from compactor.solve.rows import Rows, fitted_output, held_out_rows, squared_error
 from compactor_kernels.reference import FitRows, Gradients, refine_gradients_reference
 
 KV_HEADS, GROUP, ROWS, DIM, DOCUMENT = 3, 2, 160, 8, 48
+
+
+def first_rows(problem: Problem) -> list[torch.Tensor]:
+    return [part[0] for part in draw_rows(problem.sample_sizes(), steps=1, seed=0)]
 
 
 def make_rows(seed: int = 0, stops: torch.Tensor | None = None) -> tuple[Rows, torch.Tensor, torch.Tensor]:
@@ -62,7 +66,7 @@ def test_gradients_are_those_of_autograd_in_float64(with_stops: bool) -> None:
     heads = some_heads(keys, values, [6, 4, 6])
     heads[1] = replace(heads[1], error=0.3 * refine_module.FULL_PACE)
     problem = Problem([rows], heads, [0, 1, 2])
-    sample = problem.take(next(problem.samples(0)))
+    sample = problem.take(first_rows(problem))
     changes = [
         0.1 * torch.randn(part.shape, generator=torch.Generator().manual_seed(1))
         for part in (problem.keys, problem.biases, problem.values)
@@ -170,7 +174,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[TwinPlan]:
 def test_fused_gradients_are_those_of_the_torch_path(fused: list[TwinPlan]) -> None:
     rows, keys, values = make_rows()
     problem = Problem([rows], some_heads(keys, values, [8, 1, 5]), [0, 1, 2])
-    index = next(problem.samples(0))
+    index = first_rows(problem)
     generator = torch.Generator().manual_seed(1)
     starts = (problem.keys, problem.biases, problem.values)
     moved = problem.moved(*(0.1 * torch.randn(part.shape, generator=generator) for part in starts))
@@ -227,9 +231,9 @@ def test_equal_seeds_give_equal_heads_and_other_seeds_do_not(monkeypatch: pytest
 
 
 def test_every_row_comes_once_before_any_comes_again() -> None:
-    turn = refine_module._turns(10, 4, torch.Generator().manual_seed(0))
-    drawn = torch.cat([next(turn) for _ in range(5)])
-    assert sorted(drawn[:10].tolist()) == sorted(drawn[10:].tolist()) == list(range(10))
+    ten, seven = (part.flatten().tolist() for part in draw_rows([(10, 4), (7, 3)], steps=5, seed=0))
+    assert sorted(ten[:10]) == sorted(ten[10:]) == list(range(10))
+    assert sorted(seven[:7]) == sorted(seven[7:14]) == list(range(7)) and len(seven) == 15
 
 
 def test_a_head_that_does_not_stay_finite_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

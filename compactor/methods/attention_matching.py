@@ -24,7 +24,7 @@ from compactor import attention
 from compactor.attach import dense_heads
 from compactor.methods import Compacted
 from compactor.methods.keeping import keep_everything, keep_keys, keeps_all, uniform_counts
-from compactor.packed import Packed, PackedLayer
+from compactor.packed import Packed, PackedLayer, near_exact, near_fused
 from compactor.prompt import chunk_borders
 from compactor.reference_queries import repeat_segments
 from compactor.solve.biases import require_finite
@@ -244,23 +244,18 @@ def attend_compacted(
     values: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Attend to a compacted layer and, causally, to the own segment; shapes as `PackedLayer.attend_packed`."""
-    longest = max(layer.head_lengths)
-    stored_keys, stored_values = layer.keys.to(queries.dtype), layer.values.to(queries.dtype)
-    out = torch.empty(queries.shape, device=queries.device)
-    for first, last in packed.bounds:
-        rows = queries[None, :, first:last]
-        part, lse = attention.document_attention(
-            rows,
-            stored_keys,
-            stored_values,
-            layer.biases,
-            layer.offsets,
-            scaling=scaling,
-            max_head_length=longest,
-        )
-        tail, tail_lse = attention.tail_attention(
-            rows, keys[None, :, first:last], values[None, :, first:last], mask=None, scaling=scaling
-        )
-        out[:, first:last] = attention.merge(part, lse, tail, tail_lse)[0][0]
+    """Attend to a compacted layer and, causally, to the own segment, if there is one; shapes as
+    `PackedLayer.attend_packed`."""
+    offsets, longest = layer.offsets, max(layer.head_lengths)
+    own_keys, own_values = layer.keys.to(queries.dtype), layer.values.to(queries.dtype)
+    part, lse = attention.document_attention(
+        queries[None], own_keys, own_values, layer.biases, offsets, scaling=scaling, max_head_length=longest
+    )
+    if not packed.bounds:
+        return part[0]
+    attend_tail = near_fused if attention.is_fast(queries) else near_exact
+    grouped = queries.view(keys.shape[0], -1, *queries.shape[1:])
+    nothing = keys[:, :0], values[:, :0]
+    tail, tail_lse = attend_tail(packed, grouped, keys, values, nothing, scaling)
+    out, _ = attention.merge(part[0], lse[0], tail.view(queries.shape), tail_lse.view(lse.shape[1:]))
     return out

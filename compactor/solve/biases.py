@@ -176,7 +176,7 @@ class _JointSearch:
         systems = torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), self.systems, 0.0)
         systems.diagonal(dim1=-2, dim2=-1).add_(torch.where(free, self.jitter, 1.0))
         factor, failed = factor_each(systems)
-        newton = torch.cholesky_solve(downhill.unsqueeze(-1).to(factor.dtype), factor).squeeze(-1).to(x.dtype)
+        newton = solve_factored(factor, downhill.unsqueeze(-1).to(factor.dtype)).squeeze(-1).to(x.dtype)
         newton = torch.where(failed.unsqueeze(-1), downhill, newton)  # and with more jitter next time
         self.jitter = torch.where(failed.unsqueeze(-1), 10.0 * self.jitter, self.jitter)
         arcs = [direction.unsqueeze(1) * steps for direction, steps in zip((newton, downhill), self.steps, strict=True)]

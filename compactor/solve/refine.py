@@ -60,6 +60,7 @@ class Refiner:
 
     def __init__(self, steps: int, seed: int = 0) -> None:
         self.steps, self.seed = steps, seed
+        self.drawn: dict[tuple[tuple[int, int], ...], list[torch.Tensor]] = {}  # layers share them
         self.graph: torch.cuda.CUDAGraph | None = None  # the last one: while it lives, so does its memory
         self.stream: torch.cuda.Stream | None = None
 
@@ -80,41 +81,49 @@ class Refiner:
         self, parts: Sequence[Rows], heads: Sequence[HeadKeyValues], members: list[int]
     ) -> list[HeadKeyValues]:
         problem = Problem(parts, [heads[i] for i in members], members)
-        descent = _Descent(problem)
+        descent, drawn = _Descent(problem), self._draw(problem)
         if can_capture(problem.keys.device):
-            self._replay(descent)
+            self._replay(descent, drawn)
         else:
-            for index, step in zip(problem.samples(self.seed), range(self.steps), strict=False):
-                descent.step(index, rate(step, self.steps))
+            for step in range(self.steps):
+                descent.step([rows[step] for rows in drawn], rate(step, self.steps))
         keys, biases, values = problem.moved(*(change.detach() for change in descent.changes))
         return [
             HeadKeyValues(keys[i, :n], biases[i, :n], values[i, :n], heads[index].positions)
             for i, (index, n) in enumerate((index, len(heads[index].biases)) for index in members)
         ]
 
-    def _replay(self, descent: _Descent) -> None:
-        """Take the first steps one by one, capture one, and replay it for the others."""
+    def _draw(self, problem: Problem) -> list[torch.Tensor]:
+        """Return the row numbers of all steps, of each part (steps, count) int64 on the device."""
+        sizes = problem.sample_sizes()
+        if sizes not in self.drawn:
+            self.drawn[sizes] = [part.to(problem.keys.device) for part in draw_rows(sizes, self.steps, self.seed)]
+        return self.drawn[sizes]
+
+    def _replay(self, descent: _Descent, drawn: list[torch.Tensor]) -> None:
+        """Take the first steps one by one, capture one, and replay it for the others: rows and rate of a step are found
+        on the device by its number, so that the host only says that there is another."""
         device = descent.problem.keys.device
-        samples = descent.problem.samples(self.seed)
+        rates = torch.tensor([rate(step, self.steps) for step in range(self.steps)], device=device)
+        number = torch.zeros(1, dtype=torch.int64, device=device)
         self.stream = self.stream or torch.cuda.Stream(device)
         here, aside = torch.cuda.current_stream(device), self.stream
+
+        def take_next() -> None:
+            descent.rate.copy_(rates.index_select(0, number).squeeze(0))
+            descent.step([rows.index_select(0, number).squeeze(0) for rows in drawn])
+            number.add_(1)
+
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            for step in range(min(EAGER_STEPS, self.steps)):
-                descent.step(next(samples), rate(step, self.steps))
-            left = range(EAGER_STEPS, self.steps)
-            if left:
-                index = [part.clone() for part in next(samples)]
-                descent.rate.fill_(rate(EAGER_STEPS, self.steps))
+            for _ in range(min(EAGER_STEPS, self.steps)):
+                take_next()
+            if self.steps > EAGER_STEPS:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=None if self.graph is None else self.graph.pool())
-                descent.step(index)
+                take_next()
                 graph.capture_end()
-                graph.replay()
-                for step in left[1:]:
-                    for kept, drawn in zip(index, next(samples), strict=True):
-                        kept.copy_(drawn)
-                    descent.rate.fill_(rate(step, self.steps))
+                for _ in range(EAGER_STEPS, self.steps):
                     graph.replay()
                 self.graph = graph
         here.wait_stream(aside)
@@ -256,17 +265,14 @@ class Problem:
                 self.scaling,
             )
 
-    def samples(self, seed: int) -> Iterator[list[torch.Tensor]]:
-        """Yield row numbers of each part without end: every row once before any comes again, of each part its share."""
+    def sample_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return of each part how many rows it has and how many of them a step takes, its share of all."""
         device, total = self.keys.device, self.num_rows
         wanted = rows_of_step(device)
         if self.plan is None:  # the scores are held
             most = attention.block_elements(device) // (self.keys.shape[0] * self.keys.shape[1])
             wanted = max(1, min(wanted, most))
-        generator = torch.Generator().manual_seed(seed)
-        turns = [_turns(part.lse.shape[1], -(-wanted * part.lse.shape[1] // total), generator) for part in self.parts]
-        while True:
-            yield [next(turn).to(device) for turn in turns]
+        return tuple((rows, -(-wanted * rows // total)) for rows in (part.lse.shape[1] for part in self.parts))
 
     def take(self, index: list[torch.Tensor]) -> Sample:
         """Return the rows of some row numbers of each part."""
@@ -349,14 +355,18 @@ def _flat(rows: Rows, chosen: slice | torch.Tensor) -> Sample:
     return Sample(queries, weights, lse, near_share, near, out, stops)
 
 
-def _turns(num_rows: int, count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yield ``count`` row numbers at a time; each shuffle of the rows is used up before the next."""
-    left = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(left) < count:
-            left = torch.cat([left, torch.randperm(num_rows, generator=generator)])
-        yield left[:count]
-        left = left[count:]
+def draw_rows(sizes: Sequence[tuple[int, int]], steps: int, seed: int) -> list[torch.Tensor]:
+    """Return of each part the row numbers of all steps, (steps, count) int64: every row once before any comes again.
+
+    sizes: number of rows and number that a step takes, of each part. Equal seeds draw equally on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for num_rows, count in sizes:
+        shuffles = -(-steps * count // num_rows)
+        rows = torch.cat([torch.randperm(num_rows, generator=generator) for _ in range(shuffles)])
+        drawn.append(rows[: steps * count].view(steps, count))
+    return drawn
 
 
 def _take(rows: Sample, index: torch.Tensor) -> Sample:
