@@ -21,6 +21,8 @@ from compactor.model import LoadedModel, load_model
 from compactor.packed import near_exact, near_fused, pack
 from compactor.pipeline import compact
 from compactor.solve import fit, gram
+from compactor.solve.fit import HeadFit
+from compactor.solve.rows import Rows
 from compactor.study import prefill_document
 from compactor.types import Segment
 from compactor_kernels.reference import kept_shares_reference
@@ -159,6 +161,25 @@ def test_a_product_with_float32_columns_loses_nothing(emulated: None) -> None:
         norm = float(expected[..., column].norm())
         assert float((found[..., column].double() - expected[..., column]).norm()) < 2e-6 * norm
     assert not gram.half_times_float(rows, torch.zeros_like(targets)).any()
+
+
+def test_rows_attend_to_fitted_heads_as_decoding_will(emulated: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    shape, counts = (2, 3, 40), (9, 5)
+    queries, near, near_share = draw(*shape, 16).bfloat16(), draw(*shape, 16), draw(*shape) - 1.0
+    lse, nothing = 0.3 * draw(*shape), torch.zeros(*shape, 16)
+    rows = Rows(queries, 0.25, torch.ones(shape), lse, near_share, near, nothing, torch.zeros(40, dtype=torch.bool))
+    stored = lambda n: draw(n, 16).bfloat16().float()  # noqa: E731
+    heads = [
+        HeadFit(torch.arange(n), stored(n), draw(n), stored(n), 0.0, 0.0, 0.0, 0.0) for n in counts
+    ]  # fmt: skip
+    found = fit.fitted_outputs(rows, heads, torch.bfloat16)
+    for h, head in enumerate(heads):
+        scores = 0.25 * queries[h].double() @ head.keys.double().mT + head.biases.double()
+        scores = torch.cat([scores, (near_share + lse)[h].double().unsqueeze(-1)], dim=-1).softmax(-1)
+        expected = scores[..., :-1] @ head.values.double() + scores[..., -1:] * near[h].double()
+        torch.testing.assert_close(found[h].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_compaction_through_the_kernel_of_shares_is_the_same(

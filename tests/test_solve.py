@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,12 +30,13 @@ from compactor.solve.fit import (
     HeadFit,
     KeptKeys,
     LayerKeys,
-    choose_biases,
     context_rows,
     fit_head_values,
     fit_heads,
     fitted_outputs,
     head_batches,
+    solve_biases,
+    thinned,
 )
 from compactor.solve.gram import GramSum, add_symmetric_product
 from compactor.solve.rows import Rows, fitted_attention, kept_attention
@@ -453,7 +455,7 @@ def test_the_values_are_the_best_that_a_ridge_can_find() -> None:
     rows, biases = one.rows(), torch.linspace(-1.0, 2.0, 10)
     none = torch.zeros(1)
     chosen = KeptKeys(
-        [0], [10], torch.tensor([10]), kept[None], one.document_keys[kept][None], biases[None], none, none, None
+        [0], [10], torch.tensor([10]), kept[None], one.document_keys[kept][None], biases[None], none, None
     )
     made = fit_head_values(one.keys, [rows], chosen, 1e-3)
     columns = []
@@ -532,25 +534,41 @@ def test_curves_keep_the_gram_matrix_of_the_kept_keys_in_their_order() -> None:
     assert one.fit(rows, order, 12).gram is None
 
 
-def test_keys_at_the_lower_bound_give_their_slot_to_the_next() -> None:
+def test_biases_are_those_of_scipys_box_beside_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two keys are useless, seen only where the document has no mass: they end at the lower bound."""
     generator = torch.Generator().manual_seed(0)
-    useful = torch.rand(300, 6, generator=generator).double()
-    useless = torch.rand(300, 3, generator=generator).double()
-    useful[:100], useless[100:] = 0.0, 0.0  # the useless are seen only where the document has no mass
-    columns = torch.cat([useless, useful], dim=1)  # the ranking wrongly puts the useless first
-    target = columns[:, 3:] @ torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
-    gram, rhs = columns.T @ columns, columns.T @ target
-    chosen, solution, converged = choose_biases(gram[None], rhs[None], [6], [9], CompactSettings())
-    assert bool(converged)
-    assert sorted(chosen[0].tolist()) == [3, 4, 5, 6, 7, 8]
-    torch.testing.assert_close(solution[0], chosen[0] - 2.0, check_dtype=False, atol=0.05, rtol=0)
-    grams, rights = torch.stack([gram, gram.flip(0, 1), gram]), torch.stack([rhs, rhs.flip(0), rhs])
-    counts, reserves = [6, 4, 5], [9, 9, 6]  # the second has nothing to refill, the last has one key to refill with
-    chosen, solution, converged = choose_biases(grams, rights, counts, reserves, CompactSettings())
-    assert converged.tolist() == [True] * 3
-    assert sorted(chosen[0].tolist()) == [3, 4, 5, 6, 7, 8]
-    torch.testing.assert_close(solution[0], chosen[0] - 2.0, check_dtype=False, atol=0.05, rtol=0)
-    assert chosen[1, :4].tolist() == [0, 1, 2, 3] and sorted(chosen[2, :5].tolist()) == [1, 2, 3, 4, 5]
+    columns = torch.rand(2, 300, 8, generator=generator).double()
+    columns[0, :100, :6], columns[0, 100:, 6:] = 0.0, 0.0
+    target = columns[..., :6] @ torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
+    gram, rhs = columns.mT @ columns, (columns.mT @ target.unsqueeze(-1)).squeeze(-1)
+    present = torch.arange(8) < torch.tensor([[8], [5]])
+    settings = CompactSettings()
+    low, high = math.exp(settings.min_log_bias), math.exp(settings.max_log_bias)
+
+    def expected(head: int, n: int) -> np.ndarray:
+        prior = fit_module.BIAS_PRIOR**0.5 * np.diag(columns[head, :, :n].square().sum(0).sqrt().numpy())
+        stacked = np.vstack([columns[head, :, :n].numpy(), prior]), np.concatenate([target[head], np.diag(prior)])
+        return np.asarray(scipy.optimize.lsq_linear(*stacked, bounds=(low, high), method="bvls", tol=1e-14).x)
+
+    found = solve_biases(gram, rhs, present, settings)
+    np.testing.assert_allclose(found[0], expected(0, 8), atol=1e-2)
+    np.testing.assert_allclose(found[1, :5], expected(1, 5), atol=1e-2)
+    assert found[0, 6:].tolist() == pytest.approx([low, low])
+    monkeypatch.setattr(fit_module, "BIAS_TOLERANCE", 1e-9)
+    monkeypatch.setattr(fit_module, "BIAS_STEPS", 50)
+    np.testing.assert_allclose(solve_biases(gram, rhs, present, settings)[0], expected(0, 8), atol=1e-6)
+    np.testing.assert_allclose(solve_biases(gram[1:], rhs[1:], present[:1], settings)[0], expected(1, 8), atol=1e-6)
+
+
+def test_every_other_row_with_twice_its_weight_is_looked_at_where_there_are_enough() -> None:
+    one = case(40)
+    rows = one.rows(2.0)
+    count = rows.lse.shape[1] * rows.lse.shape[2]
+    assert thinned(rows, count // fit_module.EVERY_OTHER + 1) is rows
+    half = thinned(rows, count // fit_module.EVERY_OTHER)
+    assert torch.equal(half.queries, rows.queries[:, :, ::2]) and torch.equal(half.out, rows.out[:, :, ::2])
+    torch.testing.assert_close(half.root_weights.square(), 2.0 * rows.root_weights[:, :, ::2].square())
+    assert len(half.held_out) == half.lse.shape[2]
 
 
 # ---------------------------------------------------------------- some heads as one batch
@@ -594,7 +612,7 @@ def test_heads_fitted_together_are_those_fitted_alone(kind: str, monkeypatch: py
         torch.testing.assert_close(fitted_outputs(rows, alone, torch.float32), out, atol=1e-4, rtol=1e-4)
         for one, other, count in zip(alone, together, counts, strict=True):
             assert torch.equal(one.kept, other.kept) and len(one.kept) == count
-            assert one.converged and other.converged and one.ridge == other.ridge
+            assert one.ridge == other.ridge
             torch.testing.assert_close(one.biases, other.biases, atol=2e-3, rtol=0)
             torch.testing.assert_close(one.values, other.values, atol=1e-2, rtol=1e-2)
             assert torch.equal(one.keys, other.keys)

@@ -176,7 +176,6 @@ def report(
         "reconstruction_error_before_values": relative_error(unfitted),
         "reconstruction_error_per_layer": {str(i): error for i, error in errors.items()},
         "predicted_damage": sum(error for error, _ in fitted) / total_weight,
-        "unconverged_heads": sum(not head.converged for layer in fits.values() for head in layer.heads),
     }
 
 

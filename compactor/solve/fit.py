@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -33,11 +34,9 @@ from compactor.solve.values import ValueFit, fit_values
 from compactor.types import Advance, LayerCache
 
 BIAS_PRIOR = 1e-3  # pull of each b towards 1, relative to its own diagonal entry
-REFILLS = 3  # rounds in which keys at the lower bound give their slot to the next of the ranking
-WORTH_A_REFILL = 0.01  # of the kept keys: fewer at the lower bound stay where they are
-RESERVE_FRACTION, RESERVE_LEAST, RESERVE_MOST = 0.125, 8, 128  # candidates beyond the count, for refills
-BIAS_TOLERANCE = 1e-3  # stopping test of the biases: values and refinement make up for what is left
-AT_FLOOR = 1.0 + 1e-6
+BIAS_STEPS = 3  # projected Newton steps of the biases at most: values and refinement make up for what is left
+BIAS_TOLERANCE = 1e-3  # their stopping test
+EVERY_OTHER = 16  # rows for each key of the longest head, from which least squares look at every other row
 SMALL = 1 << 36  # multiplications of a batch's Gram matrices below which heads of all lengths share it
 LEAST_FILLED = 0.5  # of the Gram matrices of a larger one
 
@@ -71,7 +70,6 @@ class HeadFit:
     biases: torch.Tensor  # (num_kept,) float32
     values: torch.Tensor  # (num_kept, head_dim) float32
     ridge: float
-    converged: bool
     squared_error: float  # weighted, of the attention output, on all rows
     unfitted_error: float  # the same with the original values and the fitted biases
     energy: float  # weighted squared norm of the true attention output
@@ -117,7 +115,6 @@ class KeptKeys:
     positions: torch.Tensor  # (num_heads, most) int64, document-relative, increasing; any in the padding
     keys: torch.Tensor  # (num_heads, most, head_dim) float32, as the file will hold them
     biases: torch.Tensor  # (num_heads, most) float32, -inf in the padding
-    converged: torch.Tensor  # (num_heads,) bool
     energy: torch.Tensor  # (num_heads,) float64: weighted squared norm of the true attention output
     grams: list[torch.Tensor] | None  # see `HeadFit.gram`
 
@@ -143,7 +140,8 @@ class FitLayer(PackedLayer):
         rows = [segment_rows(self, inputs, queries, keys, values, scaling)]
         if inputs.context_queries is not None:
             rows.append(context_rows(self.full, inputs, inputs.context_queries, scaling))
-        heads = fit_heads(document, rows, inputs.order, inputs.counts, inputs.settings, self.naming)
+        looked_at = rows if inputs.refiner is None else [thinned(part, max(inputs.counts)) for part in rows]
+        heads = fit_heads(document, looked_at, inputs.order, inputs.counts, inputs.settings, self.naming)
         if inputs.refiner is not None:
             heads, out = self._refined(heads, rows, inputs.refiner, document.num_document)
         else:
@@ -211,6 +209,12 @@ def refine_heads(heads: list[HeadFit], rows: list[Rows], refiner: Refiner, num_d
         replace(fit, keys=moved.keys, biases=moved.biases, values=moved.values) if len(moved.biases) else fit
         for fit, moved in zip(heads, after, strict=True)
     ]
+
+
+def thinned(rows: Rows, longest: int) -> Rows:
+    """Return every other row, with twice its weight, where there are `EVERY_OTHER` for each of the ``longest`` head's
+    keys; else all. The refinement sees them all."""
+    return rows.every(2) if rows.lse.shape[1] * rows.lse.shape[2] >= EVERY_OTHER * longest else rows
 
 
 def gram_of(parts: list[Rows], stored_keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -315,8 +319,7 @@ def choose_heads(
     `fit_heads`."""
     members = [i for i, count in enumerate(counts) if count < keys.num_document or settings.keep_curves]
     num_rows = sum(part.lse.shape[1] * part.lse.shape[2] for part in parts)
-    lengths = {i: with_reserve(counts[i], keys.num_document) for i in members}
-    batches = head_batches(lengths, num_rows, keys.keys.device)
+    batches = head_batches({i: counts[i] for i in members}, num_rows, keys.keys.device)
     return [choose_keys(keys, parts, order, batch, [counts[i] for i in batch], settings) for batch in batches]
 
 
@@ -362,11 +365,6 @@ def head_batches(lengths: dict[int, int], num_rows: int, device: torch.device) -
     return [sorted(batch) for batch in result]
 
 
-def with_reserve(count: int, num_document: int) -> int:
-    """Return how many of the ranking are looked at where ``count`` are kept."""
-    return min(num_document, count + min(RESERVE_MOST, max(RESERVE_LEAST, int(RESERVE_FRACTION * count))))
-
-
 def index_of(members: list[int], device: torch.device) -> Heads:
     """Return KV heads as a slice where they are neighbours, so that nothing is copied; else as a tensor."""
     if members == list(range(members[0], members[-1] + 1)):
@@ -389,7 +387,7 @@ def whole_head(keys: LayerKeys, head: int) -> HeadFit:
     everything = torch.arange(keys.num_document, device=keys.keys.device)
     own_keys, own_values = (take([head], everything[None])[0] for take in (keys.keys_at, keys.values_at))
     return HeadFit(
-        everything, own_keys, torch.zeros_like(everything, dtype=torch.float32), own_values, 0.0, True, 0.0, 0.0, 0.0
+        everything, own_keys, torch.zeros_like(everything, dtype=torch.float32), own_values, 0.0, 0.0, 0.0, 0.0
     )
 
 
@@ -403,80 +401,41 @@ def choose_keys(
 ) -> KeptKeys:
     """Choose and bias the keys of one batch of heads; see `fit_heads`."""
     device, most, num_document = keys.keys.device, max(counts), keys.num_document
-    reserves = [with_reserve(count, num_document) for count in counts]
-    heads = index_of(members, device)
-    candidates = order[:, : max(reserves)][members].to(device)
-    stored = keys.keys_at(members, candidates)
-    sums = GramSum(len(members), max(reserves), 1, solve_device(device))
+    heads, sizes = index_of(members, device), torch.tensor(counts, device=device)
+    present = torch.arange(most, device=device) < sizes.unsqueeze(-1)
+    positions = order[:, :most][members].to(device).masked_fill(~present, num_document)
+    positions = positions.sort().values.clamp_max(num_document - 1)  # the padding stays behind
+    stored = keys.keys_at(members, positions)
+    sums = GramSum(len(members), most, 1, solve_device(device))
     energy = torch.zeros_like(sums.energy)
     for rows in parts:
-        for block in rows.blocks(max(reserves), heads):
+        for block in rows.blocks(most, heads):
             roots = block.root_weights.unsqueeze(-1)
-            shares, _ = attention_rows(block, stored, candidates)
+            shares, _ = attention_rows(block, stored, positions)
             mass = -torch.expm1(block.near_share.unsqueeze(-1))  # 1 - the attention on prefix and local keys
             sums.add(shares, mass * roots)
             energy += as_sum(energies_of(block.out * roots), energy)
-    chosen, solution, converged = choose_biases(sums.gram, sums.rhs[..., 0], counts, reserves, settings)
-    sizes = torch.tensor(counts, device=device)
-    present = torch.arange(most, device=device) < sizes.unsqueeze(-1)
-    positions = candidates.gather(1, chosen.to(device)).masked_fill(~present, num_document)
-    positions, by_position = positions.sort()  # the padding stays behind
-    positions = positions.clamp_max(num_document - 1)
-    biases = solution.log().float().to(device).gather(1, by_position).masked_fill(~present, -math.inf)
-    grams = None
-    if settings.keep_curves:
-        ranks = chosen.gather(1, by_position.to(chosen.device))
-        grams = [gram[own[:n]][:, own[:n]] for gram, own, n in zip(sums.gram, ranks, counts, strict=True)]
-    own_keys = keys.keys_at(members, positions)
-    return KeptKeys(members, counts, sizes, positions, own_keys, biases, converged, energy, grams)
+    solution = solve_biases(sums.gram, sums.rhs[..., 0], present.to(sums.gram.device), settings)
+    biases = solution.log().float().to(device).masked_fill(~present, -math.inf)
+    grams = [gram[:n, :n] for gram, n in zip(sums.gram, counts, strict=True)] if settings.keep_curves else None
+    return KeptKeys(members, counts, sizes, positions, stored, biases, energy, grams)
 
 
-def choose_biases(
-    gram: torch.Tensor, rhs: torch.Tensor, counts: Sequence[int], reserves: Sequence[int], settings: CompactSettings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Solve the biases of each head's first candidates; a key at the lower bound gives its slot to the next one.
+def solve_biases(
+    gram: torch.Tensor, rhs: torch.Tensor, present: torch.Tensor, settings: CompactSettings
+) -> torch.Tensor:
+    """Return b = exp(bias) of each head's keys, (num_heads, n) float64, nearly as the box of the settings has it best.
 
-    gram (num_heads, n, n), rhs (num_heads, n): over candidates in ranking order, of which a head takes ``counts`` and
-    may look at ``reserves``. Returns indices into the candidates and b = exp(bias) of each, both (num_heads, most), in
-    which a head's slots after its count mean nothing, and whether the solver converged, (num_heads,).
+    gram (num_heads, n, n), rhs (num_heads, n): of attention to the keys and to the whole document; ``present``
+    (num_heads, n) bool: the others are padding.
     """
     low, high = math.exp(settings.min_log_bias), math.exp(settings.max_log_bias)
-    prior = BIAS_PRIOR * gram.diagonal(dim1=-2, dim2=-1)
-    rhs = rhs + prior
-    following, last = torch.tensor([list(counts), list(reserves)], device=gram.device)
-    slots = torch.arange(max(counts), device=gram.device)
-    present = slots < following.unsqueeze(-1)
-    worth = WORTH_A_REFILL * following
-    chosen = slots.repeat(len(gram), 1)
-    solution = torch.ones(chosen.shape, dtype=torch.float64, device=gram.device)
-    for round_ in range(REFILLS + 1):
-        system = principal(gram, chosen)
-        system.diagonal(dim1=-2, dim2=-1).add_(prior.gather(1, chosen))
-        if len(gram) > 1:
-            system *= present.unsqueeze(-1) & present.unsqueeze(-2)
-        fit = solve_box_nnls_batched(
-            system, rhs.gather(1, chosen), lower=low, upper=high, start=solution, tolerance=BIAS_TOLERANCE
-        )
-        solution = fit.solution
-        idle = (solution <= low * AT_FLOOR) & present
-        fresh = torch.minimum(idle.sum(1), last - following)
-        fresh = torch.where(fresh > worth, fresh, 0).unsqueeze(-1)
-        if round_ == REFILLS or not bool(fresh.any()):
-            break
-        rank = idle.cumsum(1)
-        refilled = idle & (rank <= fresh)
-        chosen = torch.where(refilled, following.unsqueeze(-1) + rank - 1, chosen)
-        solution = torch.where(refilled, 1.0, solution)
-        following = following + fresh.squeeze(-1)
-    return chosen, solution, fit.converged
-
-
-def principal(gram: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return the rows and columns ``index`` (num_heads, k) of each matrix (num_heads, n, n), copied."""
-    if len(gram) == 1:
-        return gram[0].index_select(0, index[0]).index_select(1, index[0])[None]
-    rows = gram.gather(1, index.unsqueeze(-1).expand(-1, -1, gram.shape[-1]))
-    return rows.gather(2, index.unsqueeze(1).expand(-1, index.shape[1], -1))
+    prior = BIAS_PRIOR * gram.diagonal(dim1=-2, dim2=-1) * present
+    system = gram * (present.unsqueeze(-1) & present.unsqueeze(-2)) if len(gram) > 1 else gram.clone()
+    system.diagonal(dim1=-2, dim2=-1).add_(prior)
+    return solve_box_nnls_batched(
+        system, rhs + prior, lower=low, upper=high, tolerance=BIAS_TOLERANCE, max_iterations=BIAS_STEPS
+    ).solution
 
 
 def fit_head_values(keys: LayerKeys, parts: Sequence[Rows], kept: KeptKeys, ridge: float | None) -> ValueFit:
@@ -498,11 +457,11 @@ def finish(keys: LayerKeys, kept: KeptKeys, fit: ValueFit, naming: Naming) -> li
     device = keys.keys.device
     values = keys.values_at(kept.members, kept.positions) + fit.change.float().to(device)
     finite = torch.isfinite(values).flatten(1).all(1) & ~kept.biases.isnan().any(1)
-    numbers = (fit.ridge, fit.error_after, fit.error_before, kept.energy, kept.converged, finite)
+    numbers = (fit.ridge, fit.error_after, fit.error_before, kept.energy, finite)
     figures = torch.stack([as_sum(one, fit.ridge) for one in numbers]).T.tolist()
     result = []
     for i, (head, n) in enumerate(zip(kept.members, kept.counts, strict=True)):
-        ridge, after, before, energy, converged, is_finite = figures[i]
+        ridge, after, before, energy, is_finite = figures[i]
         if not is_finite:
             with naming(head):
                 raise not_finite()
@@ -512,13 +471,15 @@ def finish(keys: LayerKeys, kept: KeptKeys, fit: ValueFit, naming: Naming) -> li
         )
         gram = None if kept.grams is None else kept.grams[i]
         errors = after, before, energy
-        result.append(HeadFit(positions, own_keys, biases, own_values, ridge, bool(converged), *errors, gram))
+        result.append(HeadFit(positions, own_keys, biases, own_values, ridge, *errors, gram))
     return result
 
 
 def fitted_outputs(rows: Rows, heads: Sequence[HeadFit], dtype: torch.dtype) -> torch.Tensor:
     """Return attention of all rows over all fitted heads, their keys and values rounded to ``dtype``; see
-    `fitted_output`."""
+    `fitted_output`. Half-precision rows that see all keys attend as they will when decoding."""
+    if rows.document_stop is None and attention.is_fast(rows.queries) and dtype == rows.queries.dtype:
+        return _decoded_outputs(rows, heads)
     device, (_, group, num_rows) = rows.lse.device, rows.lse.shape
     lengths = {i: len(fit.biases) for i, fit in enumerate(heads)}
     out = torch.empty(rows.out.shape, device=device)
@@ -528,6 +489,24 @@ def fitted_outputs(rows: Rows, heads: Sequence[HeadFit], dtype: torch.dtype) -> 
         biases, kept = pad([fit.biases for fit in fits], -math.inf), pad([fit.kept for fit in fits])
         out[index] = fitted_output(rows, keys, values, biases, kept, index)
     return out
+
+
+def _decoded_outputs(rows: Rows, heads: Sequence[HeadFit]) -> torch.Tensor:
+    keys, values = (
+        torch.cat([getattr(fit, name) for fit in heads]).to(rows.queries.dtype) for name in ("keys", "values")
+    )
+    lengths = [len(fit.biases) for fit in heads]
+    document, lse = attention.document_attention(
+        rows.queries.flatten(0, 1).unsqueeze(0),
+        keys,
+        values,
+        torch.cat([fit.biases for fit in heads]),
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=keys.device),
+        scaling=rows.scaling,
+        max_head_length=max(lengths),
+    )
+    own = document[0].view(rows.out.shape), lse[0].view(rows.lse.shape)
+    return attention.merge(*own, rows.near, rows.near_share + rows.lse)[0]
 
 
 def pad(parts: list[torch.Tensor], filling: float = 0.0) -> torch.Tensor:

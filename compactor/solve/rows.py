@@ -47,6 +47,18 @@ class Rows:
         }
         return replace(self, **own)
 
+    def every(self, step: int) -> Rows:
+        """Return one row in ``step``, with so many times its weight."""
+        own = {name: getattr(self, name)[:, :, ::step] for name in ("queries", "lse", "near_share", "near", "out")}
+        count = own["lse"].shape[2]
+        return replace(
+            self,
+            **own,
+            root_weights=self.root_weights[:, :, ::step] * step**0.5,
+            held_out=held_out_rows(count, self.lse.device),
+            document_stop=None if self.document_stop is None else self.document_stop[::step],
+        )
+
     def blocks(self, num_columns: int, heads: Heads = ALL_HEADS, chosen: torch.Tensor | None = None) -> Iterator[Block]:
         """Cut the rows of some heads, all or the ``chosen`` (int64), such that ``num_columns`` scores a row of a head
         stay within the device's block size."""
