@@ -39,9 +39,10 @@ METHOD_QUERIES = {
 }
 _ASKING = ("chunk", "self_study_tokens")
 _SOLVING = ("refine_steps", "ridge", "min_log_bias", "max_log_bias")
-_FITTING = ("max_error", "budget", "keep_curves", *_SOLVING)
+_SIZING = ("max_error", "budget", "keep_curves")
+_FITTING = (*_SIZING, *_SOLVING)
 METHOD_SETTINGS = {
-    "fast": _FITTING,
+    "fast": _SIZING,
     "balanced": (*_ASKING, *_FITTING),
     "best": (*_ASKING, *_FITTING),
     "summary-compacted": (*_ASKING, *_SOLVING),

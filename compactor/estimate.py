@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 EFFICIENCY = 0.5  # of the rate of one large matrix product, over whole phases
 STEP_SECONDS_PER_LAYER = 4e-3  # of generation, beside the reads: 2.7 ms measured on an H100, 6 ms on two CPU cores
 SPREAD = 1.6  # mean of the squared count per head over the squared mean: budgets differ between heads
-RESERVE = 1.125  # candidates of a head's fit, over the keys that it keeps
 GREEDY_COPIES = 4  # of a layer's Gram matrices while their keys are ordered: two of them, the factor, what is copied
 QUESTION_LENGTH = 24  # tokens of a held-out question
 SORT_RATE = 5e6  # keys that the budget ranks in a second
@@ -221,11 +220,13 @@ class Work:
         return {"budget": times * keys / SORT_RATE, "fit": times * self.fit(rows, context_rows)}
 
     def fit(self, rows: int, context_rows: int) -> float:
-        """One pass; per row exact attention, attention to the kept keys, and two Gram matrices of them; then the
-        refinement, five products a step."""
+        """One pass; per row exact attention, attention to the kept keys, and two Gram matrices of them, for which every
+        other row is enough in long documents; then the refinement, five products a step. Nothing of it is fitted by
+        `fast`, which looks at the rows alone."""
         loaded, kept = self.job.loaded, kept_per_head(self.job)
         every_row = rows + context_rows
-        gram = 2 * num_compacted(loaded) * loaded.num_heads * SPREAD * kept**2 * (1 + RESERVE**2)
+        fits = self.job.settings.method != "fast"
+        gram = 2 * num_compacted(loaded) * loaded.num_heads * SPREAD * kept**2 * fits
         to_kept = 3 * self.attend * kept / len(self.job.document_ids)
         steps = self.job.settings.refine_steps
         if steps is None:

@@ -138,9 +138,79 @@ def _try_kept_shares(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return pairs
 
 
+def _try_greedy(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    """``head_dim`` is the number of targets; everything is float32 whatever ``dtype`` is."""
+    from compactor_kernels.greedy import greedy_picks
+    from compactor_kernels.reference_greedy import greedy_picks_reference
+
+    num_keys = 500  # of a chunk: seldom a multiple of 16
+    columns, targets = _draw(device, torch.float32, (HEADS, 2 * num_keys, num_keys), (HEADS, num_keys, head_dim))
+    columns[0, :, 20:] = 0.0  # this problem ends early
+    gram = columns.mT @ columns
+    found, expected = (
+        run(gram, targets, 32, stop=1e-6, redundant=1e-5, look_every=8)
+        for run in (greedy_picks, greedy_picks_reference)
+    )
+    by_key = [torch.zeros_like(one.gains).scatter_(1, one.order, one.gains) for one in (found, expected)]
+    return [
+        (found.energy, expected.energy),
+        (by_key[0], by_key[1]),
+        *zip(found.gains.split(16, dim=1), expected.gains.split(16, dim=1), strict=True),
+    ]
+
+
+def _try_tail_decode(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.reference_tail import tail_decode_reference
+    from compactor_kernels.tail_decode import tail_decode
+
+    pairs: Pairs = []
+    padding = torch.tensor([0, 3, KEYS - 8], device=device)
+    for q_len, tail_end in ((1, torch.tensor([KEYS - 7], device=device)), (37, KEYS - 37)):
+        batch = len(padding), HEADS * GROUP, q_len
+        queries, wide = _draw(device, dtype, (*batch, head_dim), (2, len(padding), KEYS, HEADS, head_dim))
+        given = queries, *wide.transpose(2, 3), padding, tail_end
+        document = _draw(device, torch.float32, (*batch, head_dim), batch)
+        document[1][1, 1] = -torch.inf  # a head that kept nothing
+        for merged in (None, (document[0], document[1])):
+            found, expected = (
+                run(*given, scaling=head_dim**-0.5, document=merged) for run in (tail_decode, tail_decode_reference)
+            )
+            pairs += zip(found.out, expected.out, strict=True)
+            pairs += zip(found.lse.exp(), expected.lse.exp(), strict=True)  # rows may see nothing
+    return pairs
+
+
+def _try_gram(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    """``head_dim`` is a number of columns; rows are float16 whatever ``dtype`` is."""
+    from compactor_kernels.gram import add_gram, add_product
+    from compactor_kernels.reference_gram import add_gram_reference, add_product_reference
+
+    num_rows = 2 * ROWS + 5  # three spans, the last one not full
+    pairs: Pairs = []
+    # every size of tile, rows aligned or not
+    for heads, columns, stored in ((HEADS, head_dim, head_dim), (HEADS, 130, 131), (1, 515, 520)):
+        (wide,) = _draw(device, torch.float16, (heads, num_rows, stored))
+        rows = wide.abs()[..., :columns]
+        (total,) = _draw(device, torch.float64, (heads, columns, columns))
+        found, expected = ((total + total.mT).contiguous() for _ in range(2))
+        add_gram(found, rows, rows_per_span=ROWS)
+        add_gram_reference(expected, rows)
+        pairs += zip(found.split(64, dim=2), expected.split(64, dim=2), strict=True)
+    for num_targets in (8, 2 * head_dim):
+        (targets,) = _draw(device, torch.float16, (1, num_rows, num_targets))
+        found, expected = targets.new_zeros(2, 1, columns, num_targets, dtype=torch.float64)
+        add_product(found, rows, targets)
+        add_product_reference(expected, rows, targets)
+        pairs += zip(found.split(64, dim=1), expected.split(64, dim=1), strict=True)
+    return pairs
+
+
 TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "biased_decode": _try_biased_decode,
     "attention_stats": _try_attention_stats,
     "refine_gradients": _try_refine_gradients,
     "kept_shares": _try_kept_shares,
+    "tail_decode": _try_tail_decode,
+    "greedy": _try_greedy,
+    "gram": _try_gram,
 }

@@ -108,14 +108,35 @@ class SharedLayer(AttendingCacheLayer):
     ) -> torch.Tensor:
         """Attend to the section or the document, and to the row's own tail; shapes as `attention.attention_forward`."""
         self.pending = False
+        if self.is_sliding:
+            return self._attend_window(query, key, value, self._visible(query, key), scaling, position_ids)
+        document, document_lse = self._attend_shared(query, scaling)
+        if attention.kernel_usable("tail_decode", query):
+            from compactor_kernels.tail_decode import tail_decode
+
+            return tail_decode(
+                query,
+                key,
+                value,
+                self.padding,
+                key.shape[2] - query.shape[2] if self.tail_end is None else self.tail_end,
+                scaling=scaling,
+                document=(document, document_lse),
+                out_type=query.dtype,
+            ).out
+        out, lse = attention.tail_attention(query, key, value, mask=self._visible(query, key), scaling=scaling)
+        return attention.merge(document, document_lse, out, lse)[0]
+
+    def _visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Return bool (batch, 1, q_len, tail_len): what each row sees of its own tail."""
         q_len, tail_len = query.shape[2], key.shape[2]
         columns = torch.arange(tail_len, device=query.device)
         rows = columns[tail_len - q_len :] if self.tail_end is None else self.tail_end
         own = columns <= rows.unsqueeze(-1)
-        visible = (own & (columns >= self.padding.view(-1, 1, 1))).unsqueeze(1)  # (batch, 1, q_len, tail_len)
-        if self.is_sliding:
-            return self._attend_window(query, key, value, visible, scaling, position_ids)
-        out, lse = attention.tail_attention(query, key, value, mask=visible, scaling=scaling)
+        return (own & (columns >= self.padding.view(-1, 1, 1))).unsqueeze(1)
+
+    def _attend_shared(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend to the section or the document; float32 out (query's shape) and lse (batch, num_heads, q_len)."""
         split = self.num_section_rows
         parts = []
         if split:
@@ -133,8 +154,8 @@ class SharedLayer(AttendingCacheLayer):
                     max_head_length=self.max_head_length,
                 )
             )
-        document, document_lse = (torch.cat(part) for part in zip(*parts, strict=True))
-        return attention.merge(document, document_lse, out, lse)[0]
+        out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+        return out, lse
 
     def _attend_sections(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows, num_heads, q_len, head_dim = query.shape

@@ -354,16 +354,18 @@ def fit(
     selection: Selection,
     counts: torch.Tensor,
     refine_steps: int = 0,
+    *,
+    fits: bool = True,
 ) -> dict[int, FitLayer]:
-    """Fit all layers in one on-policy pass; returns the fitted layer of each compacted index."""
+    """Fit all layers in one on-policy pass, or only measure them; returns the layer of each compacted index."""
     job, full = study.job, study.full
     # Without segments (context queries alone) one token of suffix carries the pass through the layers.
     carried = segments or [Segment(tuple(job.prompt.question_ids("")[:1]), "carrier")]
-    fits: dict[int, FitLayer] = {}
+    made: dict[int, FitLayer] = {}
     refiner = Refiner(refine_steps, job.settings.seed) if refine_steps else None
 
     def make(i: int, layer: LayerCache, packed: Packed, advance: Advance) -> FitLayer:
-        row = len(fits)
+        row = len(made)
         inputs = FitInputs(
             prefix_length=full.prefix_length,
             order=selection.order[row],
@@ -377,12 +379,13 @@ def fit(
             curve_chunk=GREEDY_CHUNK,
             refiner=refiner,
             currency=float(full.residual_norms[i]) ** -2,
+            fits=fits,
         )
-        fits[i] = FitLayer(layer, packed, full.logical_length, advance, inputs)
-        return fits[i]
+        made[i] = FitLayer(layer, packed, full.logical_length, advance, inputs)
+        return made[i]
 
     study.run_layers(carried, "fit", make)
-    return fits
+    return made
 
 
 def by_position(selection: Selection, row: int) -> torch.Tensor:

@@ -188,6 +188,7 @@ def test_a_compaction_through_the_kernel_of_shares_is_the_same(
     loaded, document = loaded_in(tmp_path, "bfloat16"), make_document("lease", TEXT)
     settings = CompactSettings(keep_ratio=0.3, self_study_tokens=64, reserve=128, refine_steps=3, certify=False)
     monkeypatch.setattr(fit, "BIAS_TOLERANCE", 1e-9)  # where it stops early is a matter of the last digits
+    monkeypatch.setattr(fit, "BIAS_STEPS", 200)
     plain = compact(document, loaded, settings)
     calls: list[bool] = []
 

@@ -25,6 +25,7 @@ from compactor.methods.ours import first_size, remaining_gains
 from compactor.model import LoadedModel, load_model
 from compactor.packed import Packed
 from compactor.pipeline import compact
+from compactor.solve import fit as fit_module
 from compactor.solve.fit import FitLayer, HeadFit
 from compactor.solve.refine import HeadKeyValues, Refiner
 from compactor.solve.select import Selection
@@ -481,6 +482,7 @@ def test_a_head_that_its_refinement_made_worse_stays_as_it_was(
     def spoil(_self: Refiner, _parts: Any, heads: list[HeadKeyValues]) -> list[HeadKeyValues]:
         return [replace(heads[0], values=factor * heads[0].values), *heads[1:]]
 
+    monkeypatch.setattr(fit_module, "EVERY_OTHER", 10**9)  # both are fitted to all rows
     study = study_of(tiny, keep_curves=keep_curves)
     plain = get_method("balanced")(asking(study, refine_steps=0, keep_ratio=0.2), 60)
     monkeypatch.setattr(Refiner, "refine", spoil)

@@ -35,8 +35,8 @@ from compactor.solve.fit import (
     fit_heads,
     fitted_outputs,
     head_batches,
+    rows_apart,
     solve_biases,
-    thinned,
 )
 from compactor.solve.gram import GramSum, add_symmetric_product
 from compactor.solve.rows import Rows, fitted_attention, kept_attention
@@ -564,8 +564,10 @@ def test_every_other_row_with_twice_its_weight_is_looked_at_where_there_are_enou
     one = case(40)
     rows = one.rows(2.0)
     count = rows.lse.shape[1] * rows.lse.shape[2]
-    assert thinned(rows, count // fit_module.EVERY_OTHER + 1) is rows
-    half = thinned(rows, count // fit_module.EVERY_OTHER)
+    assert rows_apart([rows], count // fit_module.EVERY_OTHER + 1) == 1 and rows.every(1) is rows
+    assert rows_apart([rows], count // fit_module.EVERY_OTHER) == 2
+    assert rows_apart([rows, rows], 1) == 1
+    half = rows.every(2)
     assert torch.equal(half.queries, rows.queries[:, :, ::2]) and torch.equal(half.out, rows.out[:, :, ::2])
     torch.testing.assert_close(half.root_weights.square(), 2.0 * rows.root_weights[:, :, ::2].square())
     assert len(half.held_out) == half.lse.shape[2]

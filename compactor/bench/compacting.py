@@ -306,7 +306,7 @@ def stage_work(
         chunk = -(-num_document // -(-num_document // study.GREEDY_CHUNK))
         parts["select"]["Gram matrices"] = counts.gram(fitted, num_document, chunk)
         parts["select"]["greedy search"] = counts.greedy(num_document, chunk, run.num_picks)
-    steps = method_module(settings.method).REFINE_STEPS
+    steps = getattr(method_module(settings.method), "REFINE_STEPS", 0)
     parts["fit"] |= counts.fit(fitted, run.kept, steps, rows_of_step(loaded.device))
     for stage, own in parts.items():
         works = {

@@ -13,8 +13,8 @@ to a KV head; C keys of a chunk, K of them picked; c document keys kept in a KV 
     scores      2 L H d R N
     Gram        2 L H R N (d + C)
     greedy      in each chunk 2 C^2 (d + 1) + C K^2 + 4 C K (d + 1): factor, targets, energies
-    biases      2 G R sum over KV heads c (d + c)
-    values      2 G R sum over KV heads c (3 d + c)
+    biases      2 G R sum over KV heads c (d + c), half of it where every other row is looked at
+    values      2 G R sum over KV heads c (3 d + c), the same
     outputs     4 G R d sum over KV heads c
     refinement  10 d steps min(G R, rows of a step) sum over KV heads c: scores, outputs and three gradients
 """
@@ -29,6 +29,7 @@ import torch
 
 from compactor.model import LoadedModel
 from compactor.prefill import context_spans
+from compactor.solve.fit import EVERY_OTHER
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,19 @@ class ModelCounts:
         return float(self.num_layers * self.num_kv_heads * chunks * one)
 
     def fit(self, num_rows: int, kept: Sequence[int], refine_steps: int, rows_of_step: int) -> dict[str, float]:
-        """Return the operations of the parts of the fit; ``kept``: document keys of every KV head of every layer."""
+        """Return the operations of the parts of the fit; ``kept``: document keys of every KV head of every layer.
+        Before a refinement least squares may look at every other row only (`solve.fit.rows_apart`)."""
         rows = num_rows * self.num_heads // self.num_kv_heads
-        products, squares = self.head_dim * sum(kept), sum(count**2 for count in kept)
+        products, biases, values = self.head_dim * sum(kept), 0.0, 0.0
+        for first in range(0, len(kept), self.num_kv_heads):
+            layer = kept[first : first + self.num_kv_heads]
+            looked_at = rows / 2 if refine_steps and rows >= EVERY_OTHER * max(layer) else rows
+            squares = sum(count**2 for count in layer)
+            biases += 2.0 * looked_at * (self.head_dim * sum(layer) + squares)
+            values += 2.0 * looked_at * (3 * self.head_dim * sum(layer) + squares)
         return {
-            "biases": 2.0 * rows * (products + squares),
-            "values": 2.0 * rows * (3 * products + squares),
+            "biases": biases,
+            "values": values,
             "refinement": 10.0 * refine_steps * min(rows, rows_of_step) * products,
             "outputs": 4.0 * rows * products,
         }

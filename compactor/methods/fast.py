@@ -1,4 +1,7 @@
-"""The quick method: the document's own queries score the keys, and a thin sample of the repeat pass is fitted."""
+"""The quick method: the document's own queries choose the keys, which stay as they are; nothing is fitted.
+
+A thin sample of the repeat pass measures the error: too few rows to fit values or biases to (docs/log.md).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ from compactor.solve.select import Selection
 from compactor.study import Study, context_selection, greedy_selection, picks_per_chunk
 from compactor.types import Segment
 
-SUMMARY = "the document's own queries choose the keys, a thin sample of the repeat pass fits them"
+SUMMARY = "the document's own queries choose the keys under one budget over all heads; nothing is fitted"
 PIECE = 64  # document tokens repeated at once
-EVERY = 16  # one piece in so many is repeated, but at least LEAST_PIECES are
+EVERY = 64  # one piece in so many is repeated, but at least LEAST_PIECES are
 LEAST_PIECES = 4
-REFINE_STEPS = 0
 
 
 def compact(study: Study, num_kept: int) -> Compacted:
@@ -28,7 +30,7 @@ def compact(study: Study, num_kept: int) -> Compacted:
             ("fast selection", picks_per_chunk(study, num_kept)),
             lambda: order_keys(study, segments, weights, num_kept),
         )
-    return solve(study, num_kept, selection, segments, weights, REFINE_STEPS)
+    return solve(study, num_kept, selection, segments, weights, refine_steps=0, fits=False)
 
 
 def order_keys(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:

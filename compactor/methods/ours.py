@@ -53,14 +53,18 @@ def solve(
     segments: Sequence[Segment],
     weights: dict[str, float],
     refine_steps: int,
+    *,
+    fits: bool = True,
 ) -> Compacted:
     """Keep ``num_kept`` document keys over all heads, or the fewest that `--max-error` allows.
 
-    ``refine_steps`` are the method's, for settings that name none.
+    ``refine_steps`` are the method's, for settings that name none. Without ``fits`` the keys stay as they are.
     """
     asked = study.job.settings.refine_steps
     steps = refine_steps if asked is None else asked
-    make = partial(solve_size, study, selection=selection, segments=segments, weights=weights, refine_steps=steps)
+    make = partial(
+        solve_size, study, selection=selection, segments=segments, weights=weights, refine_steps=steps, fits=fits
+    )
     bound = study.job.settings.max_error
     return make(num_kept) if bound is None else solve_error(study, bound, selection, make)
 
@@ -72,20 +76,21 @@ def solve_size(
     segments: Sequence[Segment],
     weights: dict[str, float],
     refine_steps: int,
+    fits: bool,
 ) -> Compacted:
     """Keep ``num_kept`` document keys over all heads; shares of heads come from the ranking or from a given profile."""
     job = study.job
     with job.timed("budget"):
         counts = head_counts(study, selection, num_kept)
     with job.timed("fit"):
-        fits = fit(study, list(segments), weights, selection, counts, refine_steps)
+        made = fit(study, list(segments), weights, selection, counts, refine_steps, fits=fits)
     layers = []
     for i, layer in enumerate(study.full.layers):
-        fitted = fits[i].fitted if i in fits else None
+        fitted = made[i].fitted if i in made else None
         layers.append(stored(layer, job.storage_dtype) if fitted is None else fitted)
-    curves = head_curves(study, fits) if job.settings.keep_curves else None
+    curves = head_curves(study, made) if job.settings.keep_curves else None
     rows = {"reference_rows": reference_rows(study, segments)}
-    return Compacted(layers, study.full.logical_length, report(study, fits, segments, weights) | rows, curves)
+    return Compacted(layers, study.full.logical_length, report(study, made, segments, weights) | rows, curves)
 
 
 def solve_error(study: Study, bound: float, selection: Selection, make: Callable[[int], Compacted]) -> Compacted:

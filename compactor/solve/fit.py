@@ -59,6 +59,7 @@ class FitInputs:
     curve_chunk: int = 0  # document tokens of a chunk of the curves
     refiner: Refiner | None = None  # of keys, biases and values together
     currency: float = 1.0  # factor that makes this layer's squared errors comparable with other layers'
+    fits: bool = True  # otherwise the keys stay as they are, and the rows only tell their error
 
 
 @dataclass(frozen=True)
@@ -140,25 +141,56 @@ class FitLayer(PackedLayer):
         rows = [segment_rows(self, inputs, queries, keys, values, scaling)]
         if inputs.context_queries is not None:
             rows.append(context_rows(self.full, inputs, inputs.context_queries, scaling))
-        looked_at = rows if inputs.refiner is None else [thinned(part, max(inputs.counts)) for part in rows]
-        heads = fit_heads(document, looked_at, inputs.order, inputs.counts, inputs.settings, self.naming)
-        if inputs.refiner is not None:
-            heads, out = self._refined(heads, rows, inputs.refiner, document.num_document)
+        if not inputs.fits:
+            heads, out = self._unfitted(document, rows)
         else:
-            out = fitted_outputs(rows[0], heads, inputs.storage_dtype)
+            step = 1 if inputs.refiner is None else rows_apart(rows, max(inputs.counts))
+            looked_at = [part.every(step) for part in rows]
+            heads = fit_heads(document, looked_at, inputs.order, inputs.counts, inputs.settings, self.naming)
+            if inputs.refiner is not None:
+                heads, out = self._refined(heads, rows, step, inputs.refiner)
+            else:
+                out = fitted_outputs(rows[0], heads, inputs.storage_dtype)
         self.heads = [self._with_curve(head, fit) for head, fit in enumerate(heads)]
         self.fitted = assemble(self.full, self.heads, prefix, inputs.storage_dtype)
         return out.view(queries.shape)
 
+    def _unfitted(self, document: LayerKeys, rows: list[Rows]) -> tuple[list[HeadFit], torch.Tensor]:
+        """Return heads that keep the first keys of their ranking as they are, with their errors, and what they make of
+        the first rows."""
+        counts, device, num_heads = self.inputs.counts, document.keys.device, len(document.keys)
+        energies = torch.stack([squared_errors(part, torch.zeros_like(part.out)) for part in rows]).sum(0)
+        order, everyone = self.inputs.order[:, : max(counts)].to(device), list(range(num_heads))
+        ranks = torch.arange(order.shape[1], device=device) < torch.tensor(counts, device=device).unsqueeze(-1)
+        positions = order.masked_fill(~ranks, document.num_document).sort().values.clamp_max(document.num_document - 1)
+        keys, values = document.keys_at(everyone, positions), document.values_at(everyone, positions)
+        finite = (torch.isfinite(keys) & torch.isfinite(values)).flatten(1).all(1) & torch.isfinite(energies)
+        heads = []
+        for head, (n, energy, good) in enumerate(zip(counts, energies.tolist(), finite.tolist(), strict=True)):
+            if not good:
+                with self.naming(head):
+                    raise not_finite()
+            biases = torch.zeros(n, device=device)
+            own = positions[head, :n], keys[head, :n], biases, values[head, :n]
+            heads.append(HeadFit(*own, math.inf, 0.0, 0.0, energy))
+        outputs, errors = self._outputs(heads, rows)
+        keeps_all = document.num_document
+        errors = [0.0 if len(fit.kept) == keeps_all else error for fit, error in zip(heads, errors, strict=True)]
+        heads = [replace(fit, unfitted_error=error) for fit, error in zip(heads, errors, strict=True)]
+        return [self._measured(i, *pair, rows) for i, pair in enumerate(zip(heads, errors, strict=True))], outputs
+
     def _refined(
-        self, before: list[HeadFit], rows: list[Rows], refiner: Refiner, num_document: int
+        self, before: list[HeadFit], rows: list[Rows], step: int, refiner: Refiner
     ) -> tuple[list[HeadFit], torch.Tensor]:
         """Return refined heads with their errors and Gram matrices, and what they make of the first rows. A head that
-        is further from the exact output than it was, both as stored, stays as it was."""
+        is further from the exact output than it was, both as stored, stays as it was. ``step``: the heads were fitted
+        to one row in so many."""
+        num_document = self.inputs.order.shape[1]
         heads = refine_heads(before, rows, refiner, num_document)
         outputs, errors = self._outputs(heads, rows)
+        on_fitted = errors if step == 1 else squared_errors(rows[0].every(step), outputs[:, :, ::step]).tolist()
         worse = [
-            i for i, error in enumerate(errors) if not error <= before[i].squared_error and heads[i] is not before[i]
+            i for i, error in enumerate(on_fitted) if not error <= before[i].squared_error and heads[i] is not before[i]
         ]
         if worse:
             mixed = [before[i] if i in worse else head for i, head in enumerate(heads)]
@@ -167,7 +199,8 @@ class FitLayer(PackedLayer):
                 if not errors_before[i] > errors[i]:  # it may not be a number
                     heads[i], errors[i], outputs[i] = before[i], errors_before[i], outputs_before[i]
         return [
-            self._measured(i, head, error, rows) for i, (head, error) in enumerate(zip(heads, errors, strict=True))
+            fit if len(fit.kept) == num_document else self._measured(i, fit, error, rows)
+            for i, (fit, error) in enumerate(zip(heads, errors, strict=True))
         ], outputs
 
     def _outputs(self, heads: list[HeadFit], rows: list[Rows]) -> tuple[torch.Tensor, list[float]]:
@@ -180,9 +213,7 @@ class FitLayer(PackedLayer):
         return outputs, errors.tolist()
 
     def _measured(self, head: int, fit: HeadFit, error: float, rows: list[Rows]) -> HeadFit:
-        """Return a refined head with its error, and its Gram matrix where curves are kept."""
-        if len(fit.kept) == self.inputs.order.shape[1]:
-            return fit
+        """Return a head with its error, and its Gram matrix where curves are kept."""
         fit = replace(fit, squared_error=error)
         if self.inputs.settings.keep_curves:
             stored = fit.keys.to(self.inputs.storage_dtype).float()
@@ -211,10 +242,11 @@ def refine_heads(heads: list[HeadFit], rows: list[Rows], refiner: Refiner, num_d
     ]
 
 
-def thinned(rows: Rows, longest: int) -> Rows:
-    """Return every other row, with twice its weight, where there are `EVERY_OTHER` for each of the ``longest`` head's
-    keys; else all. The refinement sees them all."""
-    return rows.every(2) if rows.lse.shape[1] * rows.lse.shape[2] >= EVERY_OTHER * longest else rows
+def rows_apart(rows: Sequence[Rows], longest: int) -> int:
+    """Return 2 where least squares may look at every other row: there are `EVERY_OTHER` for each of the ``longest``
+    head's keys. The refinement sees them all."""
+    count = rows[0].lse.shape[1] * rows[0].lse.shape[2]
+    return 2 if len(rows) == 1 and count >= EVERY_OTHER * longest else 1
 
 
 def gram_of(parts: list[Rows], stored_keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Knows how Gram matrices of some heads are accumulated: products of blocks of rows, summed in float64.
 
-Rows in float16 (attention on an NVIDIA GPU) are multiplied on the matrix units with float32 sums. Others are float32.
+Rows in float16 (attention on an NVIDIA GPU) are multiplied on the matrix units with float32 sums, by a kernel that adds
+spans of a few thousand rows in float64, or by torch. Others are float32.
 
 There, neighbouring rows look at the same few keys, so a block of one head drops the columns that carry almost none of
 its energy; blocks of several heads, which hold more rows, drop none.
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import torch
 
-from compactor.attention import half_product
+from compactor.attention import half_product, kernel_available
+from compactor.kernel_trial import passes
 
 LEAF = 256  # columns below which splitting a symmetric product no longer pays
 DROPPED_ENERGY = 1e-6  # fraction of a block's squared Frobenius norm that may be left out
 SECOND_HALF = 2048.0  # what the second of two float16 numbers is multiplied by
+TRIED_COLUMNS = 64  # the kernel is tried once, not for every number of columns
 WORTH_DROPPING = 0.9  # of the columns: above it, gathering costs more than it saves
 
 
@@ -35,7 +38,7 @@ class GramSum:
             return
         self.energy += as_sum(energies_of(targets), self.energy)
         if rows.dtype == torch.float16:
-            self.gram += half_product(rows.mT, rows)
+            add_half_gram(self.gram, rows)
             self.rhs += half_times_float(rows, targets)
         elif len(rows) == 1:
             self._add_active(self.gram[0], self.rhs[0], rows[0], targets[0])
@@ -60,17 +63,42 @@ class GramSum:
             )
 
 
+def add_half_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add rows^T rows to ``total`` (num_heads, n, n) in place: rows (num_heads, num_rows, n) float16."""
+    if kernel_runs(rows):
+        from compactor_kernels.gram import add_gram
+
+        add_gram(total, rows)
+    else:
+        total += half_product(rows.mT, rows)
+
+
 def half_times_float(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return rows^T targets in float32 on the matrix units: rows (num_heads, n, a) float16; targets (num_heads, n, b)
-    float32, each column as the sum of two float16 of 11 bits."""
+    """Return rows^T targets, summed on the matrix units in float32 or, by the kernel, in float64: rows (num_heads, n,
+    a) float16; targets (num_heads, n, b) float32, each column as the sum of two float16 of 11 bits."""
     unit = targets.abs().amax(1, keepdim=True).clamp_min(1e-30)
     scaled = targets / unit
     high = scaled.half()
     low = (scaled - high.float()).mul_(SECOND_HALF).half()
-    products = half_product(rows.mT, torch.cat([high, low], dim=-1))
-    first, second = products.split(targets.shape[-1], dim=-1)
+    num_targets = targets.shape[-1]
+    halves = torch.cat([high, low], dim=-1)
+    if kernel_runs(rows):
+        from compactor_kernels.gram import ALIGNMENT, add_product
+
+        halves = torch.nn.functional.pad(halves, (0, -2 * num_targets % ALIGNMENT))
+        shape = len(rows), rows.shape[-1], halves.shape[-1]
+        products = torch.zeros(shape, dtype=torch.float64, device=rows.device)
+        add_product(products, rows, halves)
+    else:
+        products = half_product(rows.mT, halves)
+    first, second = products[..., :num_targets], products[..., num_targets : 2 * num_targets]
     result: torch.Tensor = (first + second / SECOND_HALF) * unit
     return result
+
+
+def kernel_runs(rows: torch.Tensor) -> bool:
+    """Whether the kernel of Gram matrices runs, and runs rightly, for float16 rows on this device."""
+    return rows.is_cuda and kernel_available(rows.device) and passes("gram", rows.device, torch.float16, TRIED_COLUMNS)
 
 
 def sum_dtype(rows: torch.Tensor) -> torch.dtype:

@@ -8,28 +8,19 @@ A T the attention mass and the centred output of the whole chunk. The subset S t
 is grown greedily: the next key is the one whose column, orthogonalised against those already taken, removes most of
 what is left (Chen, Billings and Luo 1989, orthogonal least squares; here for several targets at once). With G = A^T A
 and B = G T this is a pivoted Cholesky factorisation with right-hand sides: a step costs O(C (k + targets)) and never
-touches the rows again.
+touches the rows again. All picks of a chunk are one program of the kernel `greedy`, or steps of its twin in torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+
+from compactor.attention import kernel_available
+from compactor.kernel_trial import passes
+from compactor_kernels.reference_greedy import Picks, greedy_picks_reference
 
 REDUNDANT = 1e-5  # of a column's own energy: below it the column is a combination of those already taken
 LOOK_EVERY = 32  # picks between two looks at which problems are finished
-
-
-@dataclass(frozen=True)
-class Picks:
-    """Greedy orders of a batch of problems; prefixes are the answers for every smaller count."""
-
-    order: torch.Tensor  # (num_problems, num_keys) int64: picked keys, then the others by what each would add
-    gains: (
-        torch.Tensor
-    )  # (num_problems, num_keys) float32: squared error removed; for those not picked, what each would add to the picks
-    energy: torch.Tensor  # (num_problems,) float32: squared norm of the targets
 
 
 def forward_ols(gram: torch.Tensor, targets: torch.Tensor, num_picks: int, stop: float = 0.0) -> Picks:
@@ -39,87 +30,21 @@ def forward_ols(gram: torch.Tensor, targets: torch.Tensor, num_picks: int, stop:
     num_targets), T above; ``num_picks`` steps are made, fewer for a problem whose best gain falls below ``stop`` of its
     energy. What is never picked follows in the order of its own gain given the picks.
     """
-    num_problems, num_keys, _ = gram.shape
-    num_picks = min(num_picks, num_keys)
-    left = torch.bmm(gram, targets)
-    energy = (targets * left).sum((1, 2)).clamp_min(0.0)
-    order = torch.empty(num_problems, num_keys, dtype=torch.int64, device=gram.device)
-    gains = torch.zeros(num_problems, num_keys, dtype=gram.dtype, device=gram.device)
-    if not num_problems:
-        return Picks(order, gains.float(), energy.float())
-    active = torch.arange(num_problems, device=gram.device)
-    state = _State(gram, left, num_picks)
-    taken = 0
-    while taken < num_picks and len(active):
-        steps = min(LOOK_EVERY, num_picks - taken)
-        for _ in range(steps):
-            state.pick()
-        taken += steps
-        finished = state.gains[:, taken - 1] <= stop * energy[active]
-        if taken == num_picks:
-            finished = torch.ones_like(finished)
-        if bool(finished.any()):
-            done = finished.nonzero().squeeze(-1)
-            order[active[done]], gains[active[done]] = state.ranking(done)
-            keep = (~finished).nonzero().squeeze(-1)
-            active = active[keep]
-            state.select(keep)
-    return Picks(order, gains.float(), energy.float())
+    run = greedy_picks_reference
+    if _kernel_takes(gram, targets):
+        from compactor_kernels.greedy import greedy_picks
+
+        run, gram = greedy_picks, gram.contiguous()
+    return run(gram, targets, num_picks, stop=stop, redundant=REDUNDANT, look_every=LOOK_EVERY)
 
 
-class _State:
-    """The factorisation of a batch after some picks."""
+def _kernel_takes(gram: torch.Tensor, targets: torch.Tensor) -> bool:
+    """Whether the kernel runs, and runs rightly, for problems like these."""
+    if not (gram.is_cuda and gram.dtype == torch.float32 and kernel_available(gram.device)):
+        return False
+    from compactor_kernels.greedy import MAX_KEYS
 
-    def __init__(self, gram: torch.Tensor, left: torch.Tensor, num_picks: int) -> None:
-        num_problems, num_keys, _ = gram.shape
-        self.gram, self.left = gram, left.clone()
-        self.own = gram.diagonal(dim1=1, dim2=2).clone()  # energy of each column that is not yet explained
-        self.least = REDUNDANT * self.own
-        self.factor = gram.new_zeros(num_problems, num_picks, num_keys)
-        self.picked = torch.zeros(num_problems, num_picks, dtype=torch.int64, device=gram.device)
-        self.gains = gram.new_zeros(num_problems, num_picks)
-        self.free = torch.ones(num_problems, num_keys, dtype=torch.bool, device=gram.device)
-        self.count = 0
-
-    def candidate_gains(self) -> torch.Tensor:
-        """Return what each key would add, (num_problems, num_keys); 0 for redundant keys, -1 for those taken."""
-        useful = self.own > self.least
-        gains = self.left.square().sum(-1) / torch.where(useful, self.own, 1.0)
-        return torch.where(self.free, torch.where(useful, gains, 0.0), -1.0)
-
-    def pick(self) -> None:
-        """Take the best key of every problem."""
-        gain, best = self.candidate_gains().max(dim=1)
-        index = best.unsqueeze(-1)
-        step, problems = self.count, torch.arange(len(best), device=best.device)
-        own = self.own.gather(1, index)
-        scale = torch.where(
-            (gain > 0).unsqueeze(-1), own.clamp_min(1e-30).rsqrt(), 0.0
-        )  # a redundant key changes nothing
-        column = self.gram[problems, best]
-        if step:
-            before = self.factor[problems, :step, best]
-            column = torch.baddbmm(column.unsqueeze(1), before.unsqueeze(1), self.factor[:, :step], alpha=-1).squeeze(1)
-        column = column * scale
-        target = self.left[problems, best] * scale
-        self.left.baddbmm_(column.unsqueeze(-1), target.unsqueeze(1), alpha=-1)
-        self.own -= column.square()
-        self.factor[:, step] = column
-        self.picked[:, step], self.gains[:, step] = best, gain
-        self.free.scatter_(1, index, False)
-        self.count += 1
-
-    def ranking(self, problems: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return order and gains of all keys of some problems: the picks, then the rest by what each would add."""
-        rest = self.candidate_gains()[problems].sort(dim=1, descending=True, stable=True)
-        kept = rest.indices.shape[1] - self.count
-        order = torch.cat([self.picked[problems, : self.count], rest.indices[:, :kept]], dim=1)
-        return order, torch.cat([self.gains[problems, : self.count], rest.values[:, :kept]], dim=1)
-
-    def select(self, problems: torch.Tensor) -> None:
-        """Go on with some problems only."""
-        for name in ("gram", "left", "own", "least", "factor", "picked", "gains", "free"):
-            setattr(self, name, getattr(self, name)[problems])
+    return gram.shape[1] <= MAX_KEYS and passes("greedy", gram.device, gram.dtype, targets.shape[2])
 
 
 def pool_violators(gains: torch.Tensor) -> torch.Tensor:
