@@ -205,6 +205,9 @@ def test_a_compaction_through_the_kernel_of_shares_is_the_same(
     for one, other in zip(made.layers, plain.layers, strict=True):
         assert one.offsets.tolist() == other.offsets.tolist()
         for name in ("values", "biases"):
-            torch.testing.assert_close(getattr(one, name).float(), getattr(other, name).float(), rtol=0.1, atol=0.1)
+            found, expected = (getattr(layer, name).float() for layer in (one, other))
+            assert float((found - expected).norm()) < 0.05 * float(
+                expected.norm()
+            )  # a key that nobody sees may be anything
     errors = [cache.metadata.report["reconstruction_error"] for cache in (made, plain)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
