@@ -22,6 +22,7 @@ from compactor.job import fixed_bytes, full_bytes, keeps_everything, num_compact
 from compactor.methods import best, fast, kvzip, method_module, summary_compacted
 from compactor.methods.ours import ERROR_ROUNDS
 from compactor.prefill import CONTEXT_SPAN
+from compactor.sampling import rows_at_once
 from compactor.self_study import QUESTION_TOKENS, WHOLE_TOKENS, make_plan
 from compactor.solve.budget import key_bytes
 from compactor.solve.refine import rows_of_step
@@ -38,6 +39,7 @@ STEP_SECONDS_PER_LAYER = 4e-3  # of generation, beside the reads: 2.7 ms measure
 SPREAD = 1.6  # mean of the squared count per head over the squared mean: budgets differ between heads
 GREEDY_COPIES = 4  # of a layer's Gram matrices while their keys are ordered: two of them, the factor, what is copied
 QUESTION_LENGTH = 24  # tokens of a held-out question
+PASSAGE_LENGTH = 72  # tokens of a passage with what is asked about it
 SORT_RATE = 5e6  # keys that the budget ranks in a second
 PROBE_SIZE = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 
@@ -196,12 +198,14 @@ class Work:
         return max(0, num_document - CONTEXT_SPAN) if "context" in queries and "repeat" not in queries else 0
 
     def ask(self) -> float:
-        """Self-study: steps of a batch, and what every answer token costs in arithmetic."""
+        """Self-study: steps of each batch, and what every answer token costs in arithmetic."""
         if "self-study" not in self.job.settings.queries:
             return 0.0
         tokens, rounds = self_study_tokens(self.job), self_study_rounds(self.job)
         plan = make_plan(len(self.job.document_ids), tokens, rounds)
-        steps = rounds * (QUESTION_TOKENS + plan.answer_tokens) + (WHOLE_TOKENS if plan.num_whole else 0)
+        at_once = rows_at_once(self.job.loaded, PASSAGE_LENGTH + QUESTION_TOKENS)
+        batches = -(-plan.num_passages // at_once)
+        steps = batches * rounds * (QUESTION_TOKENS + plan.answer_tokens) + (WHOLE_TOKENS if plan.num_whole else 0)
         return steps * self.step_seconds + 2 * tokens * self.per_token / self.rate
 
     def select(self, rows: int) -> float:

@@ -73,14 +73,15 @@ def sample_answers(
     section_prompts: for every section of `Sections.of` the same number of prompts (token ids after the document);
     whole_prompts: prompts that see the whole document. Answers come in the order section by section, then whole.
     Without a seed every token is the most likely one; equal seeds give equal answers on one machine. Prompts are one
-    batch, or several where the tails would take too much memory; ``on_step`` hears of the last one's steps. The caller
-    checks that prompt and answer fit the window.
+    batch, or several where the tails would take too much memory; ``on_step`` hears of their steps as if they were one.
+    The caller checks that prompt and answer fit the window.
     """
     count, per_section = len(section_prompts), len(section_prompts[0]) if section_prompts else 0
     sections = Sections.of(len(full.document_ids), max(1, count))
     longest = max((len(one) for section in (*section_prompts, whole_prompts) for one in section), default=0)
     most = max(1, rows_at_once(loaded, longest + max_new_tokens) // max(1, per_section))
     answers: list[list[int]] = []
+    on_step = _Together(on_step, -(-max(1, count) // most))
     for first in range(0, max(1, count), most):
         members = section_prompts[first : first + most]
         last = first + most >= count
@@ -106,13 +107,24 @@ def sample_answers(
             max_new_tokens,
             pick,
             stop_token_ids(loaded),
-            on_step=on_step if last else _nothing,
+            on_step=on_step,
         )
     return answers
 
 
-def _nothing(_steps: int) -> None:
-    """Take no note of the steps of all batches but the last."""
+class _Together:
+    """Counts the steps of several batches, one after another, as if they were one."""
+
+    def __init__(self, on_step: Callable[[int], None], num_batches: int) -> None:
+        self.on_step, self.num_batches = on_step, num_batches
+        self.taken = self.told = 0
+
+    def __call__(self, steps: int) -> None:
+        self.taken += steps
+        due = self.taken // self.num_batches - self.told
+        if due:
+            self.told += due
+            self.on_step(due)
 
 
 def shared_layers(

@@ -206,8 +206,7 @@ def test_a_compaction_through_the_kernel_of_shares_is_the_same(
         assert one.offsets.tolist() == other.offsets.tolist()
         for name in ("values", "biases"):
             found, expected = (getattr(layer, name).float() for layer in (one, other))
-            assert float((found - expected).norm()) < 0.05 * float(
-                expected.norm()
-            )  # a key that nobody sees may be anything
+            largest = 0.1 * float(expected.norm())  # a key that hardly any row sees may differ
+            assert float((found - expected).norm()) < largest, name
     errors = [cache.metadata.report["reconstruction_error"] for cache in (made, plain)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,21 @@ def test_an_answer_ends_before_its_stop_token_and_the_others_go_on(
     )  # fmt: skip
     assert ended == [answer[: answer.index(stop)] if stop in answer else answer for answer in answers]
     assert sum(steps) <= 12
+
+
+def test_several_batches_tell_of_their_steps_as_if_they_were_one(
+    places: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = places("llama")
+    monkeypatch.setattr(sampling, "stop_token_ids", lambda _loaded: set())
+    answer = partial(
+        sample_answers, place.loaded, place.full, SECTION_PROMPTS, WHOLE_PROMPTS, max_new_tokens=7, seed=None
+    )
+    steps: list[list[int]] = [[], []]
+    together = answer(on_step=steps[0].append)
+    monkeypatch.setattr(sampling, "rows_at_once", lambda *_: 1)  # a section a batch
+    assert len(SECTION_PROMPTS) > 1 and answer(on_step=steps[1].append) == together
+    assert [sum(told) for told in steps] == [7, 7] and set(steps[1]) == {1}
 
 
 def test_equal_seeds_give_equal_answers_and_others_do_not(places: Callable[..., Place]) -> None:
