@@ -229,12 +229,12 @@ class Work:
         `fast`, which looks at the rows alone."""
         loaded, kept = self.job.loaded, kept_per_head(self.job)
         every_row = rows + context_rows
-        fits = self.job.settings.method != "fast"
-        gram = 2 * num_compacted(loaded) * loaded.num_heads * SPREAD * kept**2 * fits
-        to_kept = 3 * self.attend * kept / len(self.job.document_ids)
         steps = self.job.settings.refine_steps
         if steps is None:
             steps = getattr(method_module(self.job.settings.method), "REFINE_STEPS", 0)
+        looked_at = 0.0 if self.job.settings.method == "fast" else 0.5 if steps and not context_rows else 1.0
+        gram = 4 * looked_at * num_compacted(loaded) * loaded.num_heads * SPREAD * kept**2
+        to_kept = 3 * self.attend * kept / len(self.job.document_ids)
         heads = num_compacted(loaded) * loaded.num_kv_heads
         refinement = 10 * steps * rows_of_step(loaded.device) * heads * kept * loaded.head_dim
         return (rows * self.per_token + every_row * (self.attend + to_kept + gram) + refinement) / self.rate

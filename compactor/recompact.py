@@ -71,6 +71,7 @@ def shrink_cache(
     box = CompactSettings()
     lower = math.exp(metadata.settings.get("min_log_bias", box.min_log_bias))
     upper = math.exp(metadata.settings.get("max_log_bias", box.max_log_bias))
+    fits = metadata.settings.get("method") != "fast"  # which fits nothing, from too few rows to fit to
     new_layers: list[LayerCache] = []
     new_curves: list[LayerCurves] = []
     shrunk: list[ShrunkHead] = []
@@ -79,10 +80,12 @@ def shrink_cache(
             new_layers.append(layer)
             new_curves.append(None)
             continue
-        smaller, fits = shrink_layer(layer, metadata.prefix_length, curve, next(counts), lower=lower, upper=upper)
+        smaller, own = shrink_layer(
+            layer, metadata.prefix_length, curve, next(counts), lower=lower, upper=upper, fits=fits
+        )
         new_layers.append(smaller)
-        new_curves.append([fit.curve for fit in fits])
-        shrunk += fits
+        new_curves.append([head.curve for head in own])
+        shrunk += own
     new_metadata = replace(
         metadata,
         settings=smaller_settings(metadata, target),

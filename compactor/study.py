@@ -362,7 +362,7 @@ def fit(
     # Without segments (context queries alone) one token of suffix carries the pass through the layers.
     carried = segments or [Segment(tuple(job.prompt.question_ids("")[:1]), "carrier")]
     made: dict[int, FitLayer] = {}
-    refiner = Refiner(refine_steps, job.settings.seed) if refine_steps else None
+    refiner = Refiner(refine_steps, job.settings.seed) if refine_steps and fits else None
 
     def make(i: int, layer: LayerCache, packed: Packed, advance: Advance) -> FitLayer:
         row = len(made)

@@ -1,4 +1,4 @@
-"""Knows the mathematics of every kernel in plain torch, on any device. Knows no Triton.
+"""Knows the mathematics of kernels in plain torch, on any device; that of others is in reference_*.py. Knows no Triton.
 
 Each function is the twin of one kernel: the definition that the kernel is tested against, and what the
 product runs where there is no GPU.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import PropertyMock, patch
@@ -202,6 +204,18 @@ def test_fast_asks_no_self_study_and_repeats_pieces_of_the_document(
     assert repeated
     starts = [next(i for i in range(len(document)) if tuple(document[i : i + len(one)]) == one) for one in repeated]
     assert starts == sorted(starts) and all(segment.source == "repeat" for segment in pieces)
+
+
+def test_fast_keeps_keys_and_values_as_they_are(lease: Study) -> None:
+    made = get_method("fast")(lease, 120)
+    for layer, full in zip(made.layers, lease.full.layers, strict=True):
+        assert not layer.biases.any()
+        for head, (start, stop) in enumerate(pairwise(layer.offsets.tolist())):
+            own, all_keys = slice(start, stop), [part[0, head] for part in dense_heads(full)]
+            rows = layer.positions[own].long()
+            assert rows.tolist() == sorted(set(rows.tolist()))
+            for found, whole in zip((layer.keys[own], layer.values[own]), all_keys, strict=True):
+                assert torch.equal(found, whole[rows].to(found.dtype))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 300, 1024, 5000])
@@ -475,18 +489,22 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_layer_and_head(
 
 
 @pytest.mark.parametrize("factor", [-1.0, float("nan")])
-@pytest.mark.parametrize("keep_curves", [False, True])
+@pytest.mark.parametrize(("keep_curves", "every_other"), [(False, 10**9), (True, 10**9), (False, 0)])
 def test_a_head_that_its_refinement_made_worse_stays_as_it_was(
-    tiny: LoadedModel, keep_curves: bool, factor: float, monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, keep_curves: bool, every_other: int, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(_self: Refiner, _parts: Any, heads: list[HeadKeyValues]) -> list[HeadKeyValues]:
-        return [replace(heads[0], values=factor * heads[0].values), *heads[1:]]
+    """Fitted to all rows, or to every other."""
 
-    monkeypatch.setattr(fit_module, "EVERY_OTHER", 10**9)  # both are fitted to all rows
+    def spoil(by: float) -> Callable[..., list[HeadKeyValues]]:
+        return lambda _self, _parts, heads: [replace(heads[0], values=by * heads[0].values), *heads[1:]]
+
+    monkeypatch.setattr(fit_module, "EVERY_OTHER", every_other)
     study = study_of(tiny, keep_curves=keep_curves)
-    plain = get_method("balanced")(asking(study, refine_steps=0, keep_ratio=0.2), 60)
-    monkeypatch.setattr(Refiner, "refine", spoil)
-    made = get_method("balanced")(asking(study, refine_steps=3, keep_ratio=0.2), 60)
+    tried = asking(study, refine_steps=3, keep_ratio=0.2)
+    monkeypatch.setattr(Refiner, "refine", spoil(1.0))
+    plain = get_method("balanced")(tried, 60)
+    monkeypatch.setattr(Refiner, "refine", spoil(factor))
+    made = get_method("balanced")(tried, 60)
     for one, other in zip(made.layers, plain.layers, strict=True):
         for name in ("keys", "values", "biases", "positions"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name))

@@ -560,10 +560,37 @@ def test_biases_are_those_of_scipys_box_beside_padding(monkeypatch: pytest.Monke
     np.testing.assert_allclose(solve_biases(gram[1:], rhs[1:], present[:1], settings)[0], expected(1, 8), atol=1e-6)
 
 
-def test_every_other_row_with_twice_its_weight_is_looked_at_where_there_are_enough() -> None:
+def test_a_head_without_a_fit_has_the_error_of_its_keys_as_they_are() -> None:
+    cases = [case(40, seed=seed) for seed in range(2)]
+    keys, rows = layer_of(cases)
+    order = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    gains = torch.ones(2 * rows.lse.shape[1])
+    layer = FitLayer.__new__(FitLayer)
+    layer.inputs = FitInputs(0, order, [9, 40], gains, {}, None, torch.float32, CompactSettings(), fits=False)
+    heads, _ = layer._unfitted(keys, [rows])
+    one, kept = cases[0], order[0, :9].sort().values
+    assert torch.equal(heads[0].kept, kept) and torch.equal(heads[0].values, keys.values[0, kept])
+    out, true = (
+        one.attend(one.document_keys[own], one.document_values[own], torch.zeros(len(own)))[-1]
+        for own in (kept, torch.arange(40))
+    )
+    weights = rows.root_weights[0].double().square()
+    error, energy = (
+        float((part.double().square().sum(-1).view(weights.shape) * weights).sum()) for part in (out - true, true)
+    )
+    assert heads[0].squared_error == pytest.approx(error, rel=1e-4) and not heads[0].biases.any()
+    assert heads[0].energy == pytest.approx(energy)
+    assert heads[1].squared_error == heads[1].energy == 0.0  # it keeps every key and takes no part
+
+
+def test_every_other_row_with_twice_its_weight_is_looked_at_where_there_are_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one = case(40)
     rows = one.rows(2.0)
     count = rows.lse.shape[1] * rows.lse.shape[2]
+    assert rows_apart([rows], 1) == 1  # half of them would hold out none
+    monkeypatch.setattr(fit_module, "HELD_OUT_SPAN", 1)
     assert rows_apart([rows], count // fit_module.EVERY_OTHER + 1) == 1 and rows.every(1) is rows
     assert rows_apart([rows], count // fit_module.EVERY_OTHER) == 2
     assert rows_apart([rows, rows], 1) == 1

@@ -28,7 +28,17 @@ from compactor.prefill import context_spans
 from compactor.solve.biases import not_finite, require_finite, solve_box_nnls_batched
 from compactor.solve.gram import GramSum, as_sum, energies_of
 from compactor.solve.refine import HeadKeyValues, Refiner
-from compactor.solve.rows import Heads, Rows, attention_rows, fitted_output, held_out_rows, squared_errors
+from compactor.solve.rows import (
+    HELD_OUT_EVERY,
+    HELD_OUT_SPAN,
+    Heads,
+    Rows,
+    attention_rows,
+    energies,
+    fitted_output,
+    held_out_rows,
+    squared_errors,
+)
 from compactor.solve.shrink import HeadCurve, chunk_blocks
 from compactor.solve.values import ValueFit, fit_values
 from compactor.types import Advance, LayerCache
@@ -72,7 +82,7 @@ class HeadFit:
     values: torch.Tensor  # (num_kept, head_dim) float32
     ridge: float
     squared_error: float  # weighted, of the attention output, on all rows
-    unfitted_error: float  # the same with the original values and the fitted biases
+    unfitted_error: float  # of the rows that were fitted, with the original values and the fitted biases
     energy: float  # weighted squared norm of the true attention output
     gram: torch.Tensor | None = None  # (num_kept, num_kept) float64: sum of w A_i A_i^T, where curves are kept
     curve: HeadCurve | None = None  # what `compactor recompact` needs of it, in host memory
@@ -159,14 +169,14 @@ class FitLayer(PackedLayer):
         """Return heads that keep the first keys of their ranking as they are, with their errors, and what they make of
         the first rows."""
         counts, device, num_heads = self.inputs.counts, document.keys.device, len(document.keys)
-        energies = torch.stack([squared_errors(part, torch.zeros_like(part.out)) for part in rows]).sum(0)
+        energy_of = torch.stack([energies(part) for part in rows]).sum(0)
         order, everyone = self.inputs.order[:, : max(counts)].to(device), list(range(num_heads))
         ranks = torch.arange(order.shape[1], device=device) < torch.tensor(counts, device=device).unsqueeze(-1)
         positions = order.masked_fill(~ranks, document.num_document).sort().values.clamp_max(document.num_document - 1)
         keys, values = document.keys_at(everyone, positions), document.values_at(everyone, positions)
-        finite = (torch.isfinite(keys) & torch.isfinite(values)).flatten(1).all(1) & torch.isfinite(energies)
+        finite = (torch.isfinite(keys) & torch.isfinite(values)).flatten(1).all(1) & torch.isfinite(energy_of)
         heads = []
-        for head, (n, energy, good) in enumerate(zip(counts, energies.tolist(), finite.tolist(), strict=True)):
+        for head, (n, energy, good) in enumerate(zip(counts, energy_of.tolist(), finite.tolist(), strict=True)):
             if not good:
                 with self.naming(head):
                     raise not_finite()
@@ -174,17 +184,18 @@ class FitLayer(PackedLayer):
             own = positions[head, :n], keys[head, :n], biases, values[head, :n]
             heads.append(HeadFit(*own, math.inf, 0.0, 0.0, energy))
         outputs, errors = self._outputs(heads, rows)
-        keeps_all = document.num_document
-        errors = [0.0 if len(fit.kept) == keeps_all else error for fit, error in zip(heads, errors, strict=True)]
-        heads = [replace(fit, unfitted_error=error) for fit, error in zip(heads, errors, strict=True)]
-        return [self._measured(i, *pair, rows) for i, pair in enumerate(zip(heads, errors, strict=True))], outputs
+        for i, (fit, error) in enumerate(zip(heads, errors, strict=True)):
+            if len(fit.kept) == document.num_document:  # such a head takes no part
+                fit, error = replace(fit, energy=0.0), 0.0
+            heads[i] = self._measured(i, replace(fit, unfitted_error=error), error, rows)
+        return heads, outputs
 
     def _refined(
         self, before: list[HeadFit], rows: list[Rows], step: int, refiner: Refiner
     ) -> tuple[list[HeadFit], torch.Tensor]:
         """Return refined heads with their errors and Gram matrices, and what they make of the first rows. A head that
-        is further from the exact output than it was, both as stored, stays as it was. ``step``: the heads were fitted
-        to one row in so many."""
+        is further from the exact output than it was, both as stored, on the rows that it was fitted to and on all,
+        stays as it was. ``step``: the heads were fitted to one row in so many."""
         num_document = self.inputs.order.shape[1]
         heads = refine_heads(before, rows, refiner, num_document)
         outputs, errors = self._outputs(heads, rows)
@@ -198,8 +209,10 @@ class FitLayer(PackedLayer):
             for i in worse:
                 if not errors_before[i] > errors[i]:  # it may not be a number
                     heads[i], errors[i], outputs[i] = before[i], errors_before[i], outputs_before[i]
+        if step > 1:
+            heads = [replace(fit, energy=energy) for fit, energy in zip(heads, energies(rows[0]).tolist(), strict=True)]
         return [
-            fit if len(fit.kept) == num_document else self._measured(i, fit, error, rows)
+            before[i] if len(fit.kept) == num_document else self._measured(i, fit, error, rows)
             for i, (fit, error) in enumerate(zip(heads, errors, strict=True))
         ], outputs
 
@@ -244,9 +257,10 @@ def refine_heads(heads: list[HeadFit], rows: list[Rows], refiner: Refiner, num_d
 
 def rows_apart(rows: Sequence[Rows], longest: int) -> int:
     """Return 2 where least squares may look at every other row: there are `EVERY_OTHER` for each of the ``longest``
-    head's keys. The refinement sees them all."""
-    count = rows[0].lse.shape[1] * rows[0].lse.shape[2]
-    return 2 if len(rows) == 1 and count >= EVERY_OTHER * longest else 1
+    head's keys, and half of them still has some to hold out. The refinement sees them all."""
+    _, group, num_rows = rows[0].lse.shape
+    enough = group * num_rows >= EVERY_OTHER * longest and num_rows >= 2 * HELD_OUT_SPAN * HELD_OUT_EVERY
+    return 2 if len(rows) == 1 and enough else 1
 
 
 def gram_of(parts: list[Rows], stored_keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

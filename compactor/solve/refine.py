@@ -37,6 +37,7 @@ EAGER_STEPS = 3  # before a step is captured
 WARM_UP = 5  # steps until the rate is full; it then falls as a cosine to 0
 ROWS = 8192  # query rows of one step, over the group of a KV head
 CPU_ROWS = 1024  # the same on a CPU
+MOST_DRAWN = 4  # samples of batches of unlike sizes that are held
 SMALL = 1 << 22  # scores of a head in a step; below it heads of all lengths share a launch
 LEAST_FILLED = 0.5  # of a padded head in larger ones
 PADDED = 1 << 25  # elements of padded keys up to which fused steps take heads of all lengths together: 128 MiB
@@ -97,6 +98,8 @@ class Refiner:
         """Return the row numbers of all steps, of each part (steps, count) int64 on the device."""
         sizes = problem.sample_sizes()
         if sizes not in self.drawn:
+            if len(self.drawn) == MOST_DRAWN:
+                self.drawn.clear()
             self.drawn[sizes] = [part.to(problem.keys.device) for part in draw_rows(sizes, self.steps, self.seed)]
         return self.drawn[sizes]
 

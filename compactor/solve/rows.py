@@ -103,6 +103,12 @@ def squared_error(rows: Rows, output: torch.Tensor) -> float:
     return float(squared_errors(rows, output).sum())
 
 
+def energies(rows: Rows) -> torch.Tensor:
+    """Return the weighted squared norm of the exact outputs of each head, (num_heads,)."""
+    parts = zip(rows.out, rows.root_weights, strict=True)
+    return torch.cat([energies_of((exact * roots.unsqueeze(-1))[None]) for exact, roots in parts])
+
+
 def squared_errors(rows: Rows, output: torch.Tensor) -> torch.Tensor:
     """Return the same of each head, (num_heads,)."""
     parts = zip(output, rows.out, rows.root_weights, strict=True)

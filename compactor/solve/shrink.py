@@ -114,11 +114,13 @@ def shrink_head(
     upper: float,
     prior: float = PRIOR,
     ridge: float = RIDGE,
+    fits: bool = True,
 ) -> ShrunkHead:
     """Keep the ``count`` best keys of a head; those that go leave their mass and value to the others of their chunk.
 
     biases (num_kept,) and values (num_kept, head_dim) are those of the document keys that ``curve`` describes;
-    ``lower`` and ``upper`` bound b = exp(bias). A chunk that loses no key stays as it is, bit for bit.
+    ``lower`` and ``upper`` bound b = exp(bias). A chunk that loses no key stays as it is, bit for bit; without ``fits``
+    every key does.
     """
     order = curve.gains.sort(descending=True, stable=True).indices
     kept = order[:count].sort().values
@@ -142,10 +144,11 @@ def shrink_head(
             error += chunk_energy
             continue
         block, cross = gram[stays][:, stays], gram[stays]
-        b = solve_biases(block, cross @ weights[mine], weights[mine][stays], lower, upper, prior)
-        own = old_values[mine][stays]
-        wanted = b.unsqueeze(-1) * (cross @ delivered - block @ (b.unsqueeze(-1) * (own - mean)))
-        own = own + cholesky_solve(add_diagonal(block * b * b.unsqueeze(-1), strength), wanted)
+        b, own = weights[mine][stays], old_values[mine][stays]
+        if fits:
+            b = solve_biases(block, cross @ weights[mine], b, lower, upper, prior)
+            wanted = b.unsqueeze(-1) * (cross @ delivered - block @ (b.unsqueeze(-1) * (own - mean)))
+            own = own + cholesky_solve(add_diagonal(block * b * b.unsqueeze(-1), strength), wanted)
         new_weights[mine.start + stays], new_values[mine.start + stays] = b, own
         delivered[stays] -= b.unsqueeze(-1) * (own - mean)
         error += quadratic(gram, delivered)
@@ -215,8 +218,10 @@ def shrink_layer(
     upper: float,
     prior: float = PRIOR,
     ridge: float = RIDGE,
+    fits: bool = True,
 ) -> tuple[LayerCache, list[ShrunkHead]]:
-    """Shrink every head of a compacted layer to its count of document keys; the prefix stays as it is."""
+    """Shrink every head of a compacted layer to its count of document keys; the prefix stays as it is. See
+    `shrink_head`."""
     rows, biases, values, lengths, heads = [], [], [], [0], []
     borders = layer.offsets.tolist()
     for (start, stop), curve, count in zip(pairwise(borders), curves, counts, strict=True):
@@ -230,6 +235,7 @@ def shrink_layer(
             upper=upper,
             prior=prior,
             ridge=ridge,
+            fits=fits,
         )
         prefix = torch.arange(start, document.start)
         rows += [prefix, head.kept + document.start]
