@@ -302,7 +302,7 @@ CASES: dict[str, list[Case]] = {
         (
             "compact bad/doc.txt --queries '' --method h2o --max-error 0.1 --ridge 1 --max-log-bias 2 --budget b.json",
             SettingsError,
-            "h2o does not use --max-error, --budget, --ridge, --max-log-bias; leave them out, or take one of fast, bal",
+            "h2o does not use --max-error, --budget, --ridge, --max-log-bias; leave them out, or take one of balan",
         ),
         (
             "compact bad/doc.txt --max-error 0.1 --require-kl 0.1 --grow",

@@ -30,7 +30,7 @@ def compact(study: Study, num_kept: int) -> Compacted:
             ("fast selection", picks_per_chunk(study, num_kept)),
             lambda: order_keys(study, segments, weights, num_kept),
         )
-    return solve(study, num_kept, selection, segments, weights, refine_steps=0, fits=False)
+    return solve(study, num_kept, selection, segments, weights, refine_steps=None)
 
 
 def order_keys(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:

@@ -52,16 +52,16 @@ def solve(
     selection: Selection,
     segments: Sequence[Segment],
     weights: dict[str, float],
-    refine_steps: int,
-    *,
-    fits: bool = True,
+    refine_steps: int | None,
 ) -> Compacted:
     """Keep ``num_kept`` document keys over all heads, or the fewest that `--max-error` allows.
 
-    ``refine_steps`` are the method's, for settings that name none. Without ``fits`` the keys stay as they are.
+    ``refine_steps`` are the method's, for settings that name none; None: nothing is fitted, the keys stay as they are.
     """
-    asked = study.job.settings.refine_steps
-    steps = refine_steps if asked is None else asked
+    steps, fits = 0, refine_steps is not None
+    if refine_steps is not None:
+        asked = study.job.settings.refine_steps
+        steps = refine_steps if asked is None else asked
     make = partial(
         solve_size, study, selection=selection, segments=segments, weights=weights, refine_steps=steps, fits=fits
     )
