@@ -30,6 +30,8 @@ GPU_BLOCK_FRACTION = 1 / 80  # of a GPU's memory that one block of float32 score
 CPU_BLOCK_ELEMENTS = 1 << 21  # score elements held at once on a CPU: 8 MiB, so that a block stays in the cache
 MPS_BLOCK_ELEMENTS = 1 << 24
 LARGEST_HALF = 6e4  # float16 ends at 65,504
+CUDNN_OPERATIONS = 2e12  # of an attention, from which making cuDNN's plan for its shapes (75 ms) pays in 36 layers
+CUDNN_TRIED, CUDNN_TOLERANCE = 128, 0.02  # rows of its trial, and how far it may be from FlashAttention-2
 
 
 class AttendingLayer(Protocol):
@@ -251,11 +253,50 @@ def half_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def fused_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, *, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PyTorch's FlashAttention-2: query, keys and values (num_heads, rows, head_dim) of half precision. Returns float32
-    out and lse (num_heads, rows)."""
+    """PyTorch's own fused attention: query, keys and values (num_heads, rows, head_dim) of half precision. Returns
+    float32 out and lse (num_heads, rows). Large products take cuDNN's kernel where there is one, others
+    FlashAttention-2."""
+    num_heads, num_rows, head_dim = query.shape
+    operations = 4 * num_heads * num_rows * keys.shape[1] * head_dim
+    suits = len(keys) == num_heads and (not causal or keys.shape[1] == num_rows)  # it counts rows from the first key
+    if suits and operations >= CUDNN_OPERATIONS and cudnn_passes(query.device, query.dtype, head_dim):
+        out, lse = _by_cudnn(query, keys, values, scaling, causal)
+    else:
+        out, lse = _by_flash(query, keys, values, scaling, causal)
+    return out.float(), lse
+
+
+def _by_flash(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     out, lse = flash(query[None], keys[None], values[None], 0.0, causal, False, scale=scaling)[:2]
-    return out[0].float(), lse[0, :, : query.shape[1]]
+    return out[0], lse[0, :, : query.shape[1]]
+
+
+def _by_cudnn(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse = kernel(query[None], keys[None], values[None], None, True, 0.0, causal, False, scale=scaling)[:2]
+    return out[0], lse[0].reshape(len(query), -1)[:, : query.shape[1]]
+
+
+@cache
+def cudnn_passes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether cuDNN's attention runs on a device, is worth it (Hopper and newer), and agrees with FlashAttention-2 on
+    small random input; tried once a process."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, CUDNN_TRIED, head_dim), (2, 3 * CUDNN_TRIED + 8, head_dim), (2, 3 * CUDNN_TRIED + 8, head_dim)
+    query, keys, values = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    given = query, keys, values, head_dim**-0.5, False
+    try:
+        pairs = zip(_by_cudnn(*given), _by_flash(*given), strict=True)
+        return all(bool((a.float() - b.float()).norm() <= CUDNN_TOLERANCE * b.float().norm()) for a, b in pairs)
+    except RuntimeError:  # built without it, or it has no plan for these shapes
+        return False
 
 
 def fused_segments(

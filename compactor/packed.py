@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,7 @@ class Packed:
     position_ids: torch.Tensor  # (1, num_rows) int64
     bounds: list[tuple[int, int]]
     sources: list[str]
+    weights: dict[tuple[torch.device, tuple[float, ...]], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -42,10 +43,12 @@ class Packed:
         return int(self.token_ids.shape[1])
 
     def row_weights(self, weights: dict[str, float], device: torch.device) -> torch.Tensor:
-        """Return the weight of each row by its source, (num_rows,) float32."""
-        spans = [weights[source] for source in self.sources]
-        lengths = torch.tensor([last - first for first, last in self.bounds])
-        return torch.tensor(spans).repeat_interleave(lengths).to(device)
+        """Return the weight of each row by its source, (num_rows,) float32; the same tensor for every layer."""
+        spans = tuple(weights[source] for source in self.sources)
+        if (device, spans) not in self.weights:
+            lengths = torch.tensor([last - first for first, last in self.bounds])
+            self.weights[device, spans] = torch.tensor(spans).repeat_interleave(lengths).to(device)
+        return self.weights[device, spans]
 
     def blocks(self, num_heads: int, device: torch.device, prefix_length: int) -> Iterator[Block]:
         """Cut the rows into blocks whose scores on prefix and local keys stay within the device's block size.

@@ -134,7 +134,7 @@ def test_heads_of_unlike_length_give_what_each_gives_alone() -> None:
     together = Refiner(12).refine([rows], heads)
     device = torch.device("cpu")
     assert list(batches(heads, device)) == [[0], [1]]
-    problem_all = Refiner(12)._refine_batch([rows], heads, [0, 1])
+    problem_all, _ = Refiner(12)._refine_batch([rows], heads, [0, 1])
     for index in (0, 1):
         for name in ("keys", "biases", "values"):
             torch.testing.assert_close(

@@ -50,29 +50,12 @@ def _kernel_takes(gram: torch.Tensor, targets: torch.Tensor) -> bool:
 def pool_violators(gains: torch.Tensor) -> torch.Tensor:
     """Make each row not increasing by pooling adjacent violators (isotonic regression; sums are kept).
 
-    gains: (num_problems, num_keys). Returns the same shape: the slopes of the least concave majorant of the row's
-    cumulative sum.
+    gains: (num_problems, num_keys). Returns the same shape and type: the slopes of the least concave majorant of the
+    row's cumulative sum. Sequential, so SciPy does it on the host, in float64.
     """
-    given, gains = gains, gains.cpu()  # small, sequential, and in float64, which Apple GPUs lack
-    num_problems, num_keys = gains.shape
-    sums = torch.zeros(num_problems, num_keys, dtype=torch.float64, device=gains.device)
-    sizes = torch.zeros_like(sums)
-    top = torch.full((num_problems,), -1, dtype=torch.int64, device=gains.device)
-    every = torch.arange(num_problems, device=gains.device)
-    for step in range(num_keys):
-        top = top + 1
-        sums[every, top] = gains[:, step].double()
-        sizes[every, top] = 1.0
-        while True:
-            below = (top - 1).clamp_min(0)
-            violates = (top > 0) & (sums[every, top] * sizes[every, below] > sums[every, below] * sizes[every, top])
-            rows = violates.nonzero().squeeze(-1)
-            if not len(rows):
-                break
-            sums[rows, below[rows]] += sums[rows, top[rows]]
-            sizes[rows, below[rows]] += sizes[rows, top[rows]]
-            sums[rows, top[rows]] = 0.0
-            sizes[rows, top[rows]] = 0.0
-            top[rows] -= 1
-    means = (sums / sizes.clamp_min(1.0)).flatten()
-    return means.repeat_interleave(sizes.flatten().long()).view(num_problems, num_keys).to(given.dtype).to(given.device)
+    from scipy.optimize import isotonic_regression
+
+    pooled = gains.cpu().double().clone()
+    for row in pooled.numpy():
+        row[:] = isotonic_regression(row, increasing=False).x
+    return pooled.to(gains.dtype).to(gains.device)

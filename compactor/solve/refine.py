@@ -73,14 +73,15 @@ class Refiner:
         result = list(heads)
         if self.steps and sum(part.lse.shape[2] for part in parts):
             for members in batches(heads, parts[0].lse.device, fused=is_fused(parts)):
-                for index, head in zip(members, self._refine_batch(parts, heads, members), strict=True):
-                    finite = all(bool(part.isfinite().all()) for part in (head.keys, head.biases, head.values))
-                    result[index] = head if finite else heads[index]
+                refined, finite = self._refine_batch(parts, heads, members)
+                for index, head, good in zip(members, refined, finite, strict=True):
+                    result[index] = head if good else heads[index]
         return result
 
     def _refine_batch(
         self, parts: Sequence[Rows], heads: Sequence[HeadKeyValues], members: list[int]
-    ) -> list[HeadKeyValues]:
+    ) -> tuple[list[HeadKeyValues], list[bool]]:
+        """Return the refined heads of a batch, and which of them are finite; the host waits for them once."""
         problem = Problem(parts, [heads[i] for i in members], members)
         descent, drawn = _Descent(problem), self._draw(problem)
         if can_capture(problem.keys.device):
@@ -89,10 +90,11 @@ class Refiner:
             for step in range(self.steps):
                 descent.step([rows[step] for rows in drawn], rate(step, self.steps))
         keys, biases, values = problem.moved(*(change.detach() for change in descent.changes))
+        finite = (keys.isfinite() & values.isfinite()).flatten(1).all(1) & biases.isfinite().all(1)  # padding is
         return [
             HeadKeyValues(keys[i, :n], biases[i, :n], values[i, :n], heads[index].positions)
             for i, (index, n) in enumerate((index, len(heads[index].biases)) for index in members)
-        ]
+        ], finite.tolist()
 
     def _draw(self, problem: Problem) -> list[torch.Tensor]:
         """Return the row numbers of all steps, of each part (steps, count) int64 on the device."""
