@@ -100,6 +100,8 @@ def load_model(
 
     Raises ModelError, SettingsError, MismatchError, or MemoryShortError when the weights do not fit.
     """
+    from compactor.norms import fuse_norms
+
     reporter = reporter or SilentReporter()
     source = resolve(name, revision)
     check_dtype_name(dtype)
@@ -110,6 +112,7 @@ def load_model(
     fetch_weights(source, folder, offline=offline, reporter=reporter)
     with reporter.phase("load model"):
         model = _load_weights(folder, config, place, dtype, source)
+        fuse_norms(model)
     loaded = wrap_model(model, tokenizer, name=source.name, revision=commit)
     if expected is not None:
         check_identity(expected, loaded.identity())
