@@ -182,17 +182,23 @@ def kernel_available(device: torch.device) -> bool:
 
 
 def dense_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    *,
+    out_type: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend without a mask: query (num_kv_heads, rows, head_dim), keys and values (num_kv_heads, kv_len, head_dim).
 
-    Returns float32 out (query's shape) and lse (num_kv_heads, rows). Half-precision inputs on an NVIDIA GPU go through
-    PyTorch's own fused kernel (FlashAttention-2), whose output is rounded to the input's type; elsewhere float32.
+    Returns out in ``out_type`` (query's shape) and float32 lse (num_kv_heads, rows). Half-precision inputs on an NVIDIA
+    GPU go through PyTorch's own fused kernel (FlashAttention-2), whose output is rounded to the input's type; elsewhere
+    float32.
     """
     if is_fast(query):
-        return fused_attention(query, keys, values, scaling, causal=False)
+        return fused_attention(query, keys, values, scaling, causal=False, out_type=out_type)
     num_kv_heads, num_rows, _ = query.shape
-    out = torch.empty(query.shape, device=query.device)
+    out = torch.empty(query.shape, dtype=out_type, device=query.device)
     lse = torch.empty(query.shape[:-1], device=query.device)
     keys, values = keys.float(), values.float()
     for start, stop in row_blocks(num_rows, keys.shape[1], num_kv_heads, query.device):
@@ -206,6 +212,11 @@ def is_fast(query: torch.Tensor) -> bool:
     """Whether a tensor is of half precision on an NVIDIA GPU whose matrix units and fused attention take it."""
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     return half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and fused_available(query.device)
+
+
+def merges_in_one_pass(query: torch.Tensor) -> bool:
+    """Whether a kernel merges the attention parts of rows like these, in the type of the query, row by row."""
+    return is_fast(query) and kernel_usable("merge_rows", query)
 
 
 def exponentials(query: torch.Tensor, keys: torch.Tensor, scaling: float, row_shift: torch.Tensor) -> torch.Tensor:
@@ -251,11 +262,17 @@ def half_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def fused_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, *, causal: bool
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    *,
+    causal: bool,
+    out_type: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PyTorch's own fused attention: query, keys and values (num_heads, rows, head_dim) of half precision. Returns
-    float32 out and lse (num_heads, rows). Large products take cuDNN's kernel where there is one, others
-    FlashAttention-2."""
+    """PyTorch's own fused attention: query, keys and values (num_heads, rows, head_dim) of half precision. Returns out
+    (num_heads, rows, head_dim), rounded to the type of the query and then as ``out_type``, and float32 lse (num_heads,
+    rows). Large products take cuDNN's kernel where there is one, others FlashAttention-2."""
     num_heads, num_rows, head_dim = query.shape
     operations = 4 * num_heads * num_rows * keys.shape[1] * head_dim
     suits = len(keys) == num_heads and (not causal or keys.shape[1] == num_rows)  # it counts rows from the first key
@@ -263,7 +280,7 @@ def fused_attention(
         out, lse = _by_cudnn(query, keys, values, scaling, causal)
     else:
         out, lse = _by_flash(query, keys, values, scaling, causal)
-    return out.float(), lse
+    return out.to(out_type), lse
 
 
 def _by_flash(
@@ -300,15 +317,22 @@ def cudnn_passes(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 
 
 def fused_segments(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, starts: torch.Tensor, longest: int
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    starts: torch.Tensor,
+    longest: int,
+    *,
+    out_type: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for segments that lie one after another, each causal and by itself: query (num_heads, rows, head_dim),
     keys and values (num_kv_heads, rows, head_dim) of half precision; starts: (segments + 1,) int32, where each begins
-    and the last ends; longest: rows of the longest. Returns float32 out and lse (num_heads, rows)."""
+    and the last ends; longest: rows of the longest. Returns out and lse as `fused_attention`."""
     q, k, v = (part.transpose(0, 1).contiguous() for part in (query, keys, values))
     flash = torch.ops.aten._flash_attention_forward
     out, lse = flash(q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scaling)[:2]
-    return out.transpose(0, 1).float(), lse[:, : query.shape[1]]
+    return out.transpose(0, 1).to(out_type), lse[:, : query.shape[1]]
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

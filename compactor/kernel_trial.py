@@ -180,6 +180,33 @@ def _try_tail_decode(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return pairs
 
 
+def _try_merge_rows(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.merge_rows import merge_measured, merge_rows, merge_scored
+    from compactor_kernels.reference_merge import (
+        merge_measured_reference,
+        merge_rows_reference,
+        merge_scored_reference,
+    )
+
+    rows = 3 * ROWS + 5  # the last tile is not full
+    (wide,) = _draw(device, dtype, (3, rows, HEADS, GROUP, head_dim))
+    outs = [one.permute(1, 2, 0, 3) for one in wide]
+    shape = HEADS, GROUP, rows
+    own_lse, prefix_lse, document_lse, roots = _draw(device, torch.float32, *([shape] * 4))
+    prefix_lse[0, :, :9] = document_lse[1, :, 7:] = -torch.inf  # rows that see no key of a part
+    near, document = [(outs[0], own_lse), (outs[1], prefix_lse)], (outs[2], document_lse)
+    found: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
+    for parts in (near, near[:1]):
+        found += [*merge_rows(parts, document), *merge_scored(parts, document, roots)]
+        expected += [*merge_rows_reference(parts, document), *merge_scored_reference(parts, document, roots)]
+    merged = merge_rows_reference(near, document)
+    given = (merged.out, merged.lse - 1.0), (merged.near, merged.near_lse), merged.out, roots
+    found += merge_measured(*given, step=2, out_type=dtype)
+    expected += merge_measured_reference(*given, step=2)
+    return list(zip(found, expected, strict=True))
+
+
 def _try_gram(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
     """``head_dim`` is a number of columns; rows are float16 whatever ``dtype`` is."""
     from compactor_kernels.gram import add_gram, add_product
@@ -205,6 +232,30 @@ def _try_gram(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
     return pairs
 
 
+def _try_value_targets(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    """Everything is float32 whatever ``dtype`` is, and of so few bits that no sum is rounded: halves of a number that
+    differs in its last bit may be quite different ones."""
+    from compactor_kernels.reference_targets import value_targets_reference
+    from compactor_kernels.value_targets import value_targets
+
+    wide, product, units = _draw(
+        device,
+        torch.float32,
+        (2, HEADS + 1, GROUP, 2 * ROWS, head_dim),
+        (HEADS, GROUP * (ROWS - 7), head_dim),
+        (HEADS,),
+    )
+    (roots,) = _draw(device, torch.float32, product.shape[:2])
+    roots = roots.sign() + 1.5
+    out, near = (64.0 * wide).round()[:, :, :, ::2] / 64.0
+    rows = torch.arange(ROWS, device=device).flip(0)[: ROWS - 7].contiguous()
+    given = (2.0**12 * product).round() / 2.0**12, out, near, roots / 2.0, roots, units.sign() * 0.25 + 0.75
+    heads = torch.tensor([2, 0], device=device)
+    found, expected = (run(*given, heads=heads, rows=rows) for run in (value_targets, value_targets_reference))
+    parts = (one.halves.split(head_dim, dim=-1) for one in (found, expected))
+    return [*zip(*parts, strict=True), (found.energy, expected.energy)]
+
+
 TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "biased_decode": _try_biased_decode,
     "attention_stats": _try_attention_stats,
@@ -213,4 +264,6 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "tail_decode": _try_tail_decode,
     "greedy": _try_greedy,
     "gram": _try_gram,
+    "value_targets": _try_value_targets,
+    "merge_rows": _try_merge_rows,
 }

@@ -22,6 +22,7 @@ from compactor.types import LayerCache, Segment
 
 if TYPE_CHECKING:
     from compactor.model import LoadedModel
+    from compactor_kernels.reference_merge import Part
 
 
 LOCAL_ROWS = 1024  # rows of a block at most: short segments share a block, and see only themselves in it
@@ -171,6 +172,18 @@ class PackedLayer(AttendingCacheLayer):
 
 
 @dataclass(frozen=True)
+class ExactParts:
+    """Exact attention of all packed rows, not merged yet.
+
+    Of each part the output (num_kv_heads, group, num_rows, head_dim), normalised by itself, with any strides but a
+    contiguous last dimension; and its log-sum-exp (num_kv_heads, group, num_rows) float32.
+    """
+
+    near: list[Part]  # own segment and, where there is one, prefix; or both as one part
+    document: Part
+
+
+@dataclass(frozen=True)
 class ExactRows:
     """Exact attention of all packed rows over prefix, document and own segment, float32, per KV head and query head.
 
@@ -194,20 +207,43 @@ def exact_rows(
     prefix_length: int,
 ) -> ExactRows:
     """Attend exactly; shapes as `PackedLayer.attend_packed`."""
+    parts = exact_parts(layer, queries, keys, values, scaling, prefix_length)
+    near, near_lse = merged(parts.near)
+    out, lse = attention.merge(near, near_lse, *parts.document)
+    return ExactRows(lse, *parts.document, near, near_lse, out)
+
+
+def exact_parts(
+    layer: PackedLayer,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    prefix_length: int,
+    *,
+    out_type: torch.dtype = torch.float32,
+) -> ExactParts:
+    """Attend exactly; shapes as `PackedLayer.attend_packed`. ``out_type``: float32, or the type of the queries where
+    `attention.is_fast`."""
     num_heads, num_rows, head_dim = queries.shape
     num_kv_heads = keys.shape[0]
     shape = (num_kv_heads, num_heads // num_kv_heads, num_rows)
     grouped = queries.view(*shape, head_dim)
     all_keys, all_values = (part[0] for part in dense_heads(layer.full))
     document, document_lse = attention.dense_attention(
-        grouped.flatten(1, 2), all_keys[:, prefix_length:], all_values[:, prefix_length:], scaling
+        grouped.flatten(1, 2), all_keys[:, prefix_length:], all_values[:, prefix_length:], scaling, out_type=out_type
     )
-    document, document_lse = document.view(*shape, head_dim), document_lse.reshape(shape)
     prefix = all_keys[:, :prefix_length], all_values[:, :prefix_length]
-    attend_near = near_fused if attention.is_fast(queries) else near_exact
-    near, near_lse = attend_near(layer.packed, grouped, keys, values, prefix, scaling)
-    out, lse = attention.merge(near, near_lse, document, document_lse)
-    return ExactRows(lse, document, document_lse, near, near_lse, out)
+    if attention.is_fast(queries):
+        near = near_parts(layer.packed, grouped, keys, values, prefix, scaling, out_type=out_type)
+    else:
+        near = [near_exact(layer.packed, grouped, keys, values, prefix, scaling)]
+    return ExactParts(near, (document.view(*shape, head_dim), document_lse.reshape(shape)))
+
+
+def merged(near: list[Part]) -> Part:
+    """Merge one or two parts into one."""
+    return near[0] if len(near) == 1 else attention.merge(*near[0], *near[1])
 
 
 def near_exact(
@@ -248,14 +284,27 @@ def near_fused(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same through PyTorch's fused attention, which takes all segments in one call; for `attention.is_fast`."""
+    return merged(near_parts(packed, grouped, keys, values, prefix, scaling))
+
+
+def near_parts(
+    packed: Packed,
+    grouped: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+    *,
+    out_type: torch.dtype = torch.float32,
+) -> list[Part]:
+    """Return own segment and, where there is one, prefix as the parts that `near_fused` merges; see `ExactParts`."""
     starts = torch.tensor([0, *(last for _, last in packed.bounds)], dtype=torch.int32, device=grouped.device)
     longest = max(last - first for first, last in packed.bounds)
-    own = attention.fused_segments(grouped.flatten(0, 1), keys, values, scaling, starts, longest)
-    out, lse = own[0].view(grouped.shape), own[1].reshape(grouped.shape[:3])
+    flat = grouped.flatten(0, 1)
+    parts = [attention.fused_segments(flat, keys, values, scaling, starts, longest, out_type=out_type)]
     if prefix[0].shape[1]:
-        before, before_lse = attention.dense_attention(grouped.flatten(1, 2), *prefix, scaling)
-        out, lse = attention.merge(out, lse, before.view(grouped.shape), before_lse.reshape(grouped.shape[:3]))
-    return out, lse
+        parts.append(attention.dense_attention(grouped.flatten(1, 2), *prefix, scaling, out_type=out_type))
+    return [(out.view(grouped.shape), lse.reshape(grouped.shape[:3])) for out, lse in parts]
 
 
 class WindowLayer(PackedLayer):

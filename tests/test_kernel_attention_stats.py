@@ -431,13 +431,19 @@ def emulate_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.bmm(left.float(), right.float())
 
     def fused(
-        query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, *, causal: bool
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        *,
+        causal: bool,
+        out_type: torch.dtype = torch.float32,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (part.repeat_interleave(len(query) // len(part), dim=0) for part in (keys, values))
         scores = product(query, keys.mT) * scaling
         if causal:
             attention.hide_future(scores)
-        return product(scores.softmax(-1), values).to(query.dtype).float(), scores.logsumexp(-1)
+        return product(scores.softmax(-1), values).to(query.dtype).to(out_type), scores.logsumexp(-1)
 
     monkeypatch.setattr(attention, "is_fast", lambda query: query.dtype in (torch.float16, torch.bfloat16))
     monkeypatch.setattr(attention, "half_product", product)

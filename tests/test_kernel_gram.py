@@ -166,6 +166,21 @@ class TestGram:
         torch.testing.assert_close(made.rhs, expected[1], rtol=1e-6, atol=1e-5)
         assert torch.equal(made.gram, made.gram.mT)
 
+    def test_targets_may_come_as_halves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sums, "kernel_runs", lambda rows: True)
+        made, units = GramSum(2, 20, 5, torch.device(DEVICE)), torch.tensor([0.25, 8.0], device=DEVICE)
+        rows, halves = draw(2, 60, 20), draw(2, 60, 16, seed=9)
+        halves[..., 10:] = torch.nan  # what aligns the rows is never used
+        energy = draw(2, dtype=torch.float64).abs()
+        for _ in range(2):
+            made.add_halves(rows, halves[..., :10], units, energy)
+        targets = (halves[..., :5].double() + halves[..., 5:10].double() / 2048) * units.double().view(-1, 1, 1)
+        torch.testing.assert_close(made.gram, 2 * rows.double().mT @ rows.double(), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(made.rhs, 2 * rows.double().mT @ targets, rtol=1e-6, atol=1e-5)
+        assert torch.equal(made.energy, 2 * energy)
+        made.add_halves(rows[:, :0], halves[:, :0, :10], units, energy)  # no rows, nothing to add
+        assert torch.equal(made.energy, 2 * energy)
+
     @pytest.mark.parametrize(
         ("total", "left", "right", "message"),
         [
@@ -235,10 +250,10 @@ def test_the_twins_add_products_part_by_part(dtype: torch.dtype, monkeypatch: py
 
 
 def test_right_hand_sides_reach_the_kernel_in_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    widths: list[int] = []
+    strides: list[int] = []
 
     def product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        widths.append(right.shape[2])
+        strides.append(right.stride(1))
         add_product_reference(total, left, right)
 
     monkeypatch.setattr(sums, "kernel_runs", lambda rows: True)
@@ -253,7 +268,7 @@ def test_right_hand_sides_reach_the_kernel_in_whole_groups(monkeypatch: pytest.M
         expected = rows.double().mT @ targets.double()
         assert ((made.rhs - expected).norm(dim=1) < 1e-6 * expected.norm(dim=1)).all()
         torch.testing.assert_close(made.gram, rows.double().mT @ rows.double())
-    assert widths == [8, 16, 16]
+    assert strides == [8, 16, 16]
 
 
 def test_without_a_gpu_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:

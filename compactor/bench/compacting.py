@@ -43,7 +43,9 @@ PASSES = ("select", "fit")  # stages that are a pass of the reference rows throu
 PARTS: dict[str, tuple[tuple[str, Any, str], ...]] = {  # of a pass: name, owner, function
     "select": (
         ("exact attention", key_scores, "exact_rows"),
+        ("exact attention", key_scores, "exact_parts"),
         ("single scores", key_scores.KeySums, "add"),
+        ("single scores", key_scores.KeySums, "add_parts"),
         ("exact attention", chunk_grams, "exact_rows"),
         ("Gram matrices", chunk_grams, "add_rows"),
         ("greedy search", study, "greedy_curves"),
@@ -53,7 +55,7 @@ PARTS: dict[str, tuple[tuple[str, Any, str], ...]] = {  # of a pass: name, owner
         ("biases", fit, "choose_heads"),
         ("values", fit, "refit_heads"),
         ("refinement", fit, "refine_heads"),
-        ("outputs", fit, "fitted_outputs"),
+        ("outputs", fit, "measured_outputs"),
     ),
 }
 

@@ -97,8 +97,7 @@ def solve_box_nnls_batched(
     scale = torch.where(seen, scale, 1.0)
     gram = (gram / scale.unsqueeze(-2)).div_(scale.unsqueeze(-1))
     rhs = torch.where(seen, rhs / scale, 0.0)
-    low = torch.as_tensor(lower, dtype=torch.float64, device=rhs.device) * scale
-    high = torch.as_tensor(upper, dtype=torch.float64, device=rhs.device) * scale
+    low, high = (scale * (bound.to(scale) if isinstance(bound, torch.Tensor) else bound) for bound in (lower, upper))
     x = torch.ones_like(rhs) if start is None else start.double()
     x = (x * scale).clamp(low, high)
     reference = largest(rhs).clamp_min(1e-300)
@@ -111,7 +110,8 @@ def solve_box_nnls_batched(
         pinned = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0)) | ~seen
         optimality = largest(torch.where(pinned, 0.0, gradient)) / reference
         running &= optimality > tolerance
-        if iteration == max_iterations or (iteration % search.check_every == 0 and not bool(running.any())):
+        looks = iteration % search.check_every == 0 and iteration >= search.check_every - 1
+        if iteration == max_iterations or (looks and not bool(running.any())):
             break
         iterations += running
         found, moved = search.step(gradient, x, ~pinned)
@@ -149,7 +149,7 @@ class _AloneSearch:
                 change = candidate - x
                 slope = -(gradient @ change)
                 decrease = slope - 0.5 * (change @ (self.gram @ change))
-                if decrease > 0 and decrease >= SUFFICIENT * slope:
+                if bool((decrease > 0) & (decrease >= SUFFICIENT * slope)):
                     return candidate[None], torch.ones_like(free[:, 0])
                 step *= 0.5
         return points, torch.zeros_like(free[:, 0])
@@ -223,17 +223,18 @@ def cholesky_factor(gram: torch.Tensor) -> torch.Tensor:
 
 def cholesky_factors(grams: torch.Tensor) -> torch.Tensor:
     """Return the lower factors of several such matrices (num_heads, n, n), each with its own jitter; NaN where there is
-    none. The host looks once per amount of jitter."""
+    none. The host looks once per amount of jitter, once in all where the first one suffices."""
     mean = grams.diagonal(dim1=-2, dim2=-1).sum(-1).div(max(1, grams.shape[-1])).clamp_min(1e-30)
     jitter = torch.full_like(mean, first_jitter(grams.dtype))
     hopeless = torch.zeros_like(mean, dtype=torch.bool)
+    raised = False
     while True:
         factors, failed = factor_each(add_diagonal(grams, jitter * mean))
         failed &= ~hopeless
         if not bool(failed.any()):
-            return factors.masked_fill(hopeless.view(-1, 1, 1), torch.nan) if bool(hopeless.any()) else factors
+            return factors.masked_fill(hopeless.view(-1, 1, 1), torch.nan) if raised else factors
         hopeless |= failed & (jitter > 1.0)
-        jitter = torch.where(failed, 10.0 * jitter, jitter)
+        jitter, raised = torch.where(failed, 10.0 * jitter, jitter), True
 
 
 def factor_each(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -23,14 +24,15 @@ from torch.nn.utils.rnn import pad_sequence
 from compactor import attention
 from compactor.attach import dense_heads
 from compactor.config import CompactSettings
-from compactor.packed import Packed, PackedLayer, exact_rows
+from compactor.packed import ExactRows, Packed, PackedLayer, exact_parts, exact_rows
 from compactor.prefill import context_spans
 from compactor.solve.biases import not_finite, require_finite, solve_box_nnls_batched
-from compactor.solve.gram import GramSum, as_sum, energies_of
+from compactor.solve.gram import GramSum, as_sum, kernel_runs, on_device
 from compactor.solve.refine import HeadKeyValues, Refiner
 from compactor.solve.rows import (
     HELD_OUT_EVERY,
     HELD_OUT_SPAN,
+    Block,
     Heads,
     Rows,
     attention_rows,
@@ -43,12 +45,16 @@ from compactor.solve.shrink import HeadCurve, chunk_blocks
 from compactor.solve.values import ValueFit, fit_values
 from compactor.types import Advance, LayerCache
 
+if TYPE_CHECKING:
+    from compactor_kernels.reference_merge import MergedRows, Part
+
 BIAS_PRIOR = 1e-3  # pull of each b towards 1, relative to its own diagonal entry
 BIAS_STEPS = 3  # projected Newton steps of the biases at most: values and refinement make up for what is left
 BIAS_TOLERANCE = 1e-3  # their stopping test
 EVERY_OTHER = 16  # rows for each key of the longest head, from which least squares look at every other row
 SMALL = 1 << 36  # multiplications of a batch's Gram matrices below which heads of all lengths share it
 LEAST_FILLED = 0.5  # of the Gram matrices of a larger one
+TARGET_UNITS = 4.0  # of the float16 halves of targets in the root mean square of a head's weighted outputs, at least
 
 Naming = Callable[[int], AbstractContextManager[None]]  # puts the name of a KV head before an error raised inside
 
@@ -183,7 +189,7 @@ class FitLayer(PackedLayer):
             biases = torch.zeros(n, device=device)
             own = positions[head, :n], keys[head, :n], biases, values[head, :n]
             heads.append(HeadFit(*own, math.inf, 0.0, 0.0, energy))
-        outputs, errors = self._outputs(heads, rows)
+        outputs, errors, _ = self._outputs(heads, rows)
         for i, (fit, error) in enumerate(zip(heads, errors, strict=True)):
             if len(fit.kept) == document.num_document:  # such a head takes no part
                 fit, error = replace(fit, energy=0.0), 0.0
@@ -198,14 +204,13 @@ class FitLayer(PackedLayer):
         stays as it was. ``step``: the heads were fitted to one row in so many."""
         num_document = self.inputs.order.shape[1]
         heads = refine_heads(before, rows, refiner, num_document)
-        outputs, errors = self._outputs(heads, rows)
-        on_fitted = errors if step == 1 else squared_errors(rows[0].every(step), outputs[:, :, ::step]).tolist()
+        outputs, errors, on_fitted = self._outputs(heads, rows, step)
         worse = [
             i for i, error in enumerate(on_fitted) if not error <= before[i].squared_error and heads[i] is not before[i]
         ]
         if worse:
             mixed = [before[i] if i in worse else head for i, head in enumerate(heads)]
-            outputs_before, errors_before = self._outputs(mixed, rows)
+            outputs_before, errors_before, _ = self._outputs(mixed, rows)
             for i in worse:
                 if not errors_before[i] > errors[i]:  # it may not be a number
                     heads[i], errors[i], outputs[i] = before[i], errors_before[i], outputs_before[i]
@@ -216,14 +221,16 @@ class FitLayer(PackedLayer):
             for i, (fit, error) in enumerate(zip(heads, errors, strict=True))
         ], outputs
 
-    def _outputs(self, heads: list[HeadFit], rows: list[Rows]) -> tuple[torch.Tensor, list[float]]:
-        """Return what heads, as stored, make of the first rows, and the squared error of each over all rows."""
-        dtype = self.inputs.storage_dtype
-        outputs = fitted_outputs(rows[0], heads, dtype)
-        errors = squared_errors(rows[0], outputs)
+    def _outputs(
+        self, heads: list[HeadFit], rows: list[Rows], step: int = 1
+    ) -> tuple[torch.Tensor, list[float], list[float]]:
+        """Return what heads, as stored, make of the first rows, and the squared error of each over all rows and over
+        one in ``step``, as `Rows.every` weighs them."""
+        outputs, errors, thinned = measured_outputs(rows[0], heads, self.inputs.storage_dtype, step)
         for part in rows[1:]:
-            errors += squared_errors(part, fitted_outputs(part, heads, dtype))
-        return outputs, errors.tolist()
+            _, more, more_thinned = measured_outputs(part, heads, self.inputs.storage_dtype, step)
+            errors, thinned = errors + more, thinned + more_thinned
+        return outputs, errors.tolist(), thinned.tolist()
 
     def _measured(self, head: int, fit: HeadFit, error: float, rows: list[Rows]) -> HeadFit:
         """Return a head with its error, and its Gram matrix where curves are kept."""
@@ -290,7 +297,15 @@ def segment_rows(
 ) -> Rows:
     """Return all packed rows with their exact attention, heads first; shapes as `PackedLayer.attend_packed`."""
     num_kv_heads, num_rows = keys.shape[0], queries.shape[1]
-    exact = exact_rows(layer, queries, keys, values, scaling, inputs.prefix_length)
+    given = layer, queries, keys, values, scaling, inputs.prefix_length
+    exact: ExactRows | MergedRows
+    if attention.merges_in_one_pass(queries):
+        from compactor_kernels.merge_rows import merge_rows
+
+        parts = exact_parts(*given, out_type=queries.dtype)
+        exact = merge_rows(parts.near, parts.document)
+    else:
+        exact = exact_rows(*given)
     gains = inputs.head_gains.to(queries.device).view(num_kv_heads, -1, 1)
     roots = gains * layer.packed.row_weights(inputs.source_weights, queries.device).sqrt()
     grouped = queries.view(num_kv_heads, -1, num_rows, queries.shape[-1])
@@ -415,7 +430,7 @@ def index_of(members: list[int], device: torch.device) -> Heads:
     """Return KV heads as a slice where they are neighbours, so that nothing is copied; else as a tensor."""
     if members == list(range(members[0], members[-1] + 1)):
         return slice(members[0], members[-1] + 1)
-    return torch.tensor(members, device=device)
+    return on_device(members, device)
 
 
 def _take(part: torch.Tensor, members: list[int], positions: torch.Tensor) -> torch.Tensor:
@@ -447,9 +462,10 @@ def choose_keys(
 ) -> KeptKeys:
     """Choose and bias the keys of one batch of heads; see `fit_heads`."""
     device, most, num_document = keys.keys.device, max(counts), keys.num_document
-    heads, sizes = index_of(members, device), torch.tensor(counts, device=device)
+    heads, sizes = index_of(members, device), on_device(counts, device)
     present = torch.arange(most, device=device) < sizes.unsqueeze(-1)
-    positions = order[:, :most][members].to(device).masked_fill(~present, num_document)
+    own_order = order[index_of(members, order.device), :most].to(device, non_blocking=device.type == "cuda")
+    positions = own_order.masked_fill(~present, num_document)
     positions = positions.sort().values.clamp_max(num_document - 1)  # the padding stays behind
     stored = keys.keys_at(members, positions)
     sums = GramSum(len(members), most, 1, solve_device(device))
@@ -460,7 +476,7 @@ def choose_keys(
             shares, _ = attention_rows(block, stored, positions)
             mass = -torch.expm1(block.near_share.unsqueeze(-1))  # 1 - the attention on prefix and local keys
             sums.add(shares, mass * roots)
-            energy += as_sum(energies_of(block.out * roots), energy)
+        energy += as_sum(energies(rows, heads), energy)
     solution = solve_biases(sums.gram, sums.rhs[..., 0], present.to(sums.gram.device), settings)
     biases = solution.log().float().to(device).masked_fill(~present, -math.inf)
     grams = [gram[:n, :n] for gram, n in zip(sums.gram, counts, strict=True)] if settings.keep_curves else None
@@ -485,17 +501,60 @@ def solve_biases(
 
 
 def fit_head_values(keys: LayerKeys, parts: Sequence[Rows], kept: KeptKeys, ridge: float | None) -> ValueFit:
-    """Refit the values of the kept keys so that attention over the compacted heads gives the true outputs."""
+    """Refit the values of the kept keys so that attention over the compacted heads gives the true outputs.
+
+    What they are fitted to goes through a kernel where attention is float16. It takes it apart in units of a power of
+    two, `TARGET_UNITS` to twice as many in the root mean square of the head's weighted outputs. Numbers beyond 65,504
+    units, 8,188 times that size or more, are cut off; N outputs hold none beyond sqrt(N) times their own.
+    """
     device, values = keys.keys.device, keys.values_at(kept.members, kept.positions)
     (num_heads, most, head_dim), heads = values.shape, index_of(kept.members, device)
     train, held_out = (GramSum(num_heads, most, head_dim, solve_device(device)) for _ in range(2))
+    num_rows = sum(part.lse.shape[1] * part.lse.shape[2] for part in parts)
+    mean = (kept.energy / max(1, num_rows * head_dim)).clamp_min(1e-30)
+    units = ((0.5 * mean.log2()).floor().exp2() / TARGET_UNITS).float().to(device)
     for rows in parts:
-        for sums, member in ((train, ~rows.held_out), (held_out, rows.held_out)):
-            for block in rows.blocks(most, heads, member.nonzero().squeeze(-1)):
+        for sums, chosen in ((train, rows.fitted), (held_out, rows.held_out)):
+            for block in rows.blocks(most, heads, chosen):
                 shares, near_weights = attention_rows(block, kept.keys, kept.positions, kept.biases)
-                wanted = (block.out - near_weights.unsqueeze(-1) * block.near) * block.root_weights.unsqueeze(-1)
-                sums.add(shares, wanted - attention.multiply(shares, values))
+                product = attention.multiply(shares, values)
+                if halves_usable(block, shares):
+                    halves, energy = value_halves(block, near_weights, product, units)
+                    sums.add_halves(shares, halves, units, energy)
+                else:
+                    wanted = (block.out - near_weights.unsqueeze(-1) * block.near) * block.root_weights.unsqueeze(-1)
+                    sums.add(shares, wanted - product)
     return fit_values(train, held_out, kept.sizes.to(train.gram.device), ridge)
+
+
+def halves_usable(rows: Block, shares: torch.Tensor) -> bool:
+    """Whether targets go through the kernel that takes them apart, into the one that multiplies them."""
+    return (
+        shares.dtype == torch.float16 and kernel_runs(shares) and attention.kernel_usable("value_targets", rows.queries)
+    )
+
+
+def value_halves(
+    rows: Block, near_weights: torch.Tensor, product: torch.Tensor, units: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what kept keys leave to be explained, as `GramSum.add_halves` takes it: near_weights (num_heads, n) from
+    `attention_rows`, product (num_heads, n, head_dim) of the weighted shares with the values, units (num_heads,)."""
+    from compactor_kernels.value_targets import value_targets
+
+    out, near = rows.whole.out, rows.whole.near
+    heads = chosen = None
+    if isinstance(rows.heads, slice):
+        out, near = out[rows.heads], near[rows.heads]
+    else:
+        heads = rows.heads
+    if isinstance(rows.chosen, slice):
+        out, near = out[:, :, rows.chosen], near[:, :, rows.chosen]
+    else:
+        chosen = rows.chosen.contiguous()
+    found = value_targets(
+        product, out, near, near_weights.contiguous(), rows.root_weights.contiguous(), units, heads=heads, rows=chosen
+    )
+    return found.halves, found.energy
 
 
 def finish(keys: LayerKeys, kept: KeptKeys, fit: ValueFit, naming: Naming) -> list[HeadFit]:
@@ -521,11 +580,29 @@ def finish(keys: LayerKeys, kept: KeptKeys, fit: ValueFit, naming: Naming) -> li
     return result
 
 
+def measured_outputs(
+    rows: Rows, heads: Sequence[HeadFit], dtype: torch.dtype, step: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `fitted_outputs`, and the squared error of each head over all rows and over one row in ``step``, as
+    `Rows.every` weighs them, (num_heads,) each. Where one pass merges and measures, the outputs are rounded to the type
+    of the queries, the errors are of what they were before."""
+    if decodes(rows, dtype) and attention.merges_in_one_pass(rows.queries):
+        from compactor_kernels.merge_rows import merge_measured
+
+        near = rows.near, rows.near_share + rows.lse
+        document, out_type = _decoded_document(rows, heads), rows.queries.dtype
+        measured = merge_measured(document, near, rows.out, rows.root_weights, step=step, out_type=out_type)
+        return measured.out, measured.errors, measured.thinned_errors
+    outputs = fitted_outputs(rows, heads, dtype)
+    errors = squared_errors(rows, outputs)
+    return outputs, errors, errors if step == 1 else squared_errors(rows.every(step), outputs[:, :, ::step])
+
+
 def fitted_outputs(rows: Rows, heads: Sequence[HeadFit], dtype: torch.dtype) -> torch.Tensor:
     """Return attention of all rows over all fitted heads, their keys and values rounded to ``dtype``; see
     `fitted_output`. Half-precision rows that see all keys attend as they will when decoding."""
-    if rows.document_stop is None and attention.is_fast(rows.queries) and dtype == rows.queries.dtype:
-        return _decoded_outputs(rows, heads)
+    if decodes(rows, dtype):
+        return attention.merge(*_decoded_document(rows, heads), rows.near, rows.near_share + rows.lse)[0]
     device, (_, group, num_rows) = rows.lse.device, rows.lse.shape
     lengths = {i: len(fit.biases) for i, fit in enumerate(heads)}
     out = torch.empty(rows.out.shape, device=device)
@@ -537,7 +614,13 @@ def fitted_outputs(rows: Rows, heads: Sequence[HeadFit], dtype: torch.dtype) -> 
     return out
 
 
-def _decoded_outputs(rows: Rows, heads: Sequence[HeadFit]) -> torch.Tensor:
+def decodes(rows: Rows, dtype: torch.dtype) -> bool:
+    """Whether rows attend to fitted heads as they will when decoding: half-precision rows that see all keys, which are
+    kept in the same type."""
+    return rows.document_stop is None and attention.is_fast(rows.queries) and dtype == rows.queries.dtype
+
+
+def _decoded_document(rows: Rows, heads: Sequence[HeadFit]) -> Part:
     keys, values = (
         torch.cat([getattr(fit, name) for fit in heads]).to(rows.queries.dtype) for name in ("keys", "values")
     )
@@ -551,8 +634,7 @@ def _decoded_outputs(rows: Rows, heads: Sequence[HeadFit]) -> torch.Tensor:
         scaling=rows.scaling,
         max_head_length=max(lengths),
     )
-    own = document[0].view(rows.out.shape), lse[0].view(rows.lse.shape)
-    return attention.merge(*own, rows.near, rows.near_share + rows.lse)[0]
+    return document[0].view(rows.out.shape), lse[0].view(rows.lse.shape)
 
 
 def pad(parts: list[torch.Tensor], filling: float = 0.0) -> torch.Tensor:

@@ -11,14 +11,16 @@ that the problem stays a least squares problem, of a matrix that near.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from compactor.attention import half_product, kernel_available
 from compactor.kernel_trial import passes
+from compactor_kernels.reference_targets import SECOND_HALF
 
 LEAF = 256  # columns below which splitting a symmetric product no longer pays
 DROPPED_ENERGY = 1e-6  # fraction of a block's squared Frobenius norm that may be left out
-SECOND_HALF = 2048.0  # what the second of two float16 numbers is multiplied by
 TRIED_COLUMNS = 64  # the kernel is tried once, not for every number of columns
 WORTH_DROPPING = 0.9  # of the columns: above it, gathering costs more than it saves
 
@@ -45,6 +47,16 @@ class GramSum:
         else:
             add_symmetric_product(self.gram, rows)
             self.rhs += as_sum(rows.mT @ targets, self.rhs)
+
+    def add_halves(self, rows: torch.Tensor, halves: torch.Tensor, units: torch.Tensor, energy: torch.Tensor) -> None:
+        """Add a block whose targets are given as two float16 numbers: rows (num_heads, n, num_columns) float16; halves
+        (num_heads, n, 2 num_targets), the first halves before the second, in the units (num_heads,) of the heads (see
+        `compactor_kernels.value_targets`); energy (num_heads,): sum of squares of the targets."""
+        if not rows.shape[1]:
+            return
+        self.energy += as_sum(energy, self.energy)
+        add_half_gram(self.gram, rows)
+        self.rhs += as_sum(times_halves(rows, halves) * units.view(-1, 1, 1), self.rhs)
 
     @staticmethod
     def _add_active(gram: torch.Tensor, rhs: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> None:
@@ -80,20 +92,28 @@ def half_times_float(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     scaled = targets / unit
     high = scaled.half()
     low = (scaled - high.float()).mul_(SECOND_HALF).half()
-    num_targets = targets.shape[-1]
     halves = torch.cat([high, low], dim=-1)
     if kernel_runs(rows):
-        from compactor_kernels.gram import ALIGNMENT, add_product
+        from compactor_kernels.gram import ALIGNMENT
 
-        halves = torch.nn.functional.pad(halves, (0, -2 * num_targets % ALIGNMENT))
+        num_halves = halves.shape[-1]
+        halves = torch.nn.functional.pad(halves, (0, -num_halves % ALIGNMENT))[..., :num_halves]
+    return times_halves(rows, halves) * unit
+
+
+def times_halves(rows: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+    """Return rows^T (first + second / SECOND_HALF), (num_heads, a, b), float32 or, by the kernel, float64, for rows
+    (num_heads, n, a) and halves (num_heads, n, 2 b) float16, the first ones before the second."""
+    if kernel_runs(rows):
+        from compactor_kernels.gram import add_product
+
         shape = len(rows), rows.shape[-1], halves.shape[-1]
         products = torch.zeros(shape, dtype=torch.float64, device=rows.device)
         add_product(products, rows, halves)
     else:
         products = half_product(rows.mT, halves)
-    first, second = products[..., :num_targets], products[..., num_targets : 2 * num_targets]
-    result: torch.Tensor = (first + second / SECOND_HALF) * unit
-    return result
+    first, second = products.chunk(2, dim=-1)
+    return first + second / SECOND_HALF
 
 
 def kernel_runs(rows: torch.Tensor) -> bool:
@@ -109,6 +129,12 @@ def sum_dtype(rows: torch.Tensor) -> torch.dtype:
 def as_sum(product: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Return a product on the device and in the type of ``total``; it is moved first, since MPS has no float64."""
     return product.to(total.device).to(total.dtype)
+
+
+def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return numbers as a tensor on a device, as `torch.tensor` does, but the host does not wait for an NVIDIA GPU to
+    get them."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=device.type == "cuda")
 
 
 def energy_of(rows: torch.Tensor) -> float:

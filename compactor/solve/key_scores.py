@@ -18,7 +18,7 @@ import torch
 
 from compactor import attention
 from compactor.attach import dense_heads
-from compactor.packed import ExactRows, Packed, PackedLayer, exact_rows
+from compactor.packed import ExactParts, ExactRows, Packed, PackedLayer, exact_parts, exact_rows
 from compactor.prefill import has_stats_kernel, squared_attention
 from compactor.solve.chunk_grams import LEAST_ROOT
 from compactor.solve.select import CONTRAST_FLOOR
@@ -59,8 +59,36 @@ class KeySums:
         by_mass = weighted * mass
         self.centre += (by_mass.unsqueeze(-1) * exact.document).sum((1, 2))
         self.centre_weight += by_mass.sum((1, 2))
+        self._add_squares(queries, document_keys, scaling, exact.lse, root_weights)
+
+    def add_parts(
+        self,
+        queries: torch.Tensor,
+        document_keys: torch.Tensor,
+        scaling: float,
+        parts: ExactParts,
+        root_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Merge the parts of the same rows, add them, and return the whole outputs, (num_kv_heads, group, rows,
+        head_dim) in the type of the queries, where `attention.merges_in_one_pass`."""
+        from compactor_kernels.merge_rows import merge_scored
+
+        merged = merge_scored(parts.near, parts.document, root_weights)
+        for name in ("contrast", "mass", "centre", "centre_weight"):
+            getattr(self, name).add_(getattr(merged, name))
+        self._add_squares(queries, document_keys, scaling, merged.lse, root_weights)
+        return merged.out
+
+    def _add_squares(
+        self,
+        queries: torch.Tensor,
+        document_keys: torch.Tensor,
+        scaling: float,
+        lse: torch.Tensor,
+        root_weights: torch.Tensor,
+    ) -> None:
         scale = root_weights.amax().clamp_min(1e-30)  # keeps float16 in range
-        shift = ((root_weights / scale).clamp_min(LEAST_ROOT).log() - exact.lse).flatten(1)
+        shift = ((root_weights / scale).clamp_min(LEAST_ROOT).log() - lse).flatten(1)
         if has_stats_kernel(queries):
             self.squares += squared_attention(queries, document_keys, scaling, shift) * scale.square()
             return
@@ -110,10 +138,14 @@ class ScoreLayer(PackedLayer):
     ) -> torch.Tensor:
         """Attend block by block; see `PackedLayer.attend_packed` for shapes."""
         num_kv_heads, head_dim = keys.shape[0], queries.shape[-1]
-        exact = exact_rows(self, queries, keys, values, scaling, self.prefix_length)
         gains = self.head_gains.to(queries.device).view(num_kv_heads, -1, 1)
         roots = gains * self.packed.row_weights(self.source_weights, queries.device).sqrt()
         grouped = queries.reshape(num_kv_heads, -1, head_dim)
         document = dense_heads(self.full)[0][0, :, self.prefix_length :]
-        self.sums(head_dim, queries.device).add(grouped, document, scaling, exact, roots)
+        sums, given = self.sums(head_dim, queries.device), (self, queries, keys, values, scaling, self.prefix_length)
+        if attention.merges_in_one_pass(queries):
+            parts = exact_parts(*given, out_type=queries.dtype)
+            return sums.add_parts(grouped, document, scaling, parts, roots).view(queries.shape)
+        exact = exact_rows(*given)
+        sums.add(grouped, document, scaling, exact, roots)
         return exact.out.view(queries.shape)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compactor import attention
+from compactor.solve.gram import sum_dtype
 
 if TYPE_CHECKING:
     from compactor.solve.rows import Rows
@@ -258,8 +259,9 @@ class Problem:
         self.parts = [_flat(part, chosen) for part in parts if part.lse.shape[2]]
         self.scaling = parts[0].scaling
         self.num_rows = sum(part.lse.shape[1] for part in self.parts)
-        energy = sum((part.out.square().sum(-1) * part.weights).sum(1) for part in self.parts)
-        self.energy = torch.as_tensor(energy).clamp_min(1e-30)
+        norms = [torch.linalg.vector_norm(part.out, dim=-1).square() * part.weights for part in self.parts]
+        energy = torch.stack([own.sum(1, dtype=sum_dtype(own)) for own in norms]).sum(0)
+        self.energy = energy.float().clamp_min(1e-30)
         self.plan: GradientPlan | None = None
         if is_fused(parts):
             scale = 2.0 * self.num_rows / rows_of_step(device) / self.energy

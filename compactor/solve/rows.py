@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from compactor import attention
-from compactor.solve.gram import energies_of
+from compactor.solve.gram import sum_dtype
 
 HELD_OUT_SPAN, HELD_OUT_EVERY = 32, 5  # one span of 32 rows in five chooses the ridge
 CPU_GRAM_ROWS = 512  # query positions of one Gram block on a CPU: few enough that they look at some of the keys only
@@ -36,8 +37,20 @@ class Rows:
     near_share: torch.Tensor  # (num_heads, group, num_rows) float32: logarithm of the attention on prefix, local keys
     near: torch.Tensor  # (num_heads, group, num_rows, head_dim) float32: their output, normalised among themselves
     out: torch.Tensor  # (num_heads, group, num_rows, head_dim) float32: the whole output
-    held_out: torch.Tensor  # (num_rows,) bool: chooses the ridge instead of being fitted
+    held_out: torch.Tensor  # int64, increasing: the rows that choose the ridge instead of being fitted
     document_stop: torch.Tensor | None = None  # (num_rows,) int64: document keys that the row sees; None is all
+
+    @cached_property
+    def fitted(self) -> torch.Tensor:
+        """The rows that are not held out, int64, increasing."""
+        count = self.lse.shape[2]
+        later = torch.zeros(count, dtype=torch.uint8, device=self.lse.device).index_fill_(0, self.held_out, 1)
+        return later.sort(stable=True).indices[: count - len(self.held_out)]
+
+    @cached_property
+    def out_norms(self) -> torch.Tensor:
+        """Norms of the exact outputs, (num_heads, group, num_rows) float32."""
+        return torch.as_tensor(torch.linalg.vector_norm(self.out, dim=-1))
 
     def head(self, index: int) -> Rows:
         """Return the rows of one KV head, which keep their leading dimension."""
@@ -74,28 +87,48 @@ class Rows:
             yield self._block(heads, rows if chosen is None else chosen[rows])
 
     def _block(self, heads: Heads, rows: slice | torch.Tensor) -> Block:
-        def cut(part: torch.Tensor) -> torch.Tensor:
-            own = part[heads][:, :, rows] if isinstance(heads, slice) else part[:, :, rows][heads]
-            return own.flatten(1, 2)
-
-        whole = (self.queries, self.root_weights, self.lse, self.near_share, self.near, self.out)
-        queries, roots, lse, near_share, near, out = map(cut, whole)
+        parts = (self.queries, self.root_weights, self.lse, self.near_share)
+        queries, roots, lse, near_share = (gather(part, heads, rows) for part in parts)
         stops = None if self.document_stop is None else self.document_stop[rows].repeat(self.lse.shape[1])
-        return Block(queries, self.scaling, roots, lse, near_share, near, out, stops)
+        return Block(self, heads, rows, queries, self.scaling, roots, lse, near_share, stops)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of some KV heads; the group of query heads is flattened into the rows. See `Rows`."""
+    """Some rows of some KV heads; the group of query heads is flattened into the rows. See `Rows`. Outputs are gathered
+    when they are asked for, and are not kept."""
 
+    whole: Rows
+    heads: Heads  # of ``whole``
+    chosen: slice | torch.Tensor  # its rows: a range of them, or int64
     queries: torch.Tensor  # (num_heads, num_rows, head_dim)
     scaling: float
     root_weights: torch.Tensor  # (num_heads, num_rows)
     lse: torch.Tensor
     near_share: torch.Tensor
-    near: torch.Tensor  # (num_heads, num_rows, head_dim)
-    out: torch.Tensor
     document_stop: torch.Tensor | None  # (num_rows,)
+
+    @property
+    def near(self) -> torch.Tensor:
+        """Output of prefix and local keys among themselves, (num_heads, num_rows, head_dim) float32."""
+        return gather(self.whole.near, self.heads, self.chosen)
+
+    @property
+    def out(self) -> torch.Tensor:
+        """The whole output, (num_heads, num_rows, head_dim) float32."""
+        return gather(self.whole.out, self.heads, self.chosen)
+
+
+def gather(part: torch.Tensor, heads: Heads, rows: slice | torch.Tensor) -> torch.Tensor:
+    """Return some rows of some heads of a tensor (num_heads, group, num_rows, ...), the group flattened into the rows:
+    (num_heads, group * rows, ...); copied once at most."""
+    if isinstance(heads, slice):
+        own = part[heads][:, :, rows]
+    elif isinstance(rows, slice):
+        own = part[:, :, rows][heads]
+    else:
+        own = part[heads.view(-1, 1, 1), torch.arange(part.shape[1], device=part.device).unsqueeze(-1), rows]
+    return own.flatten(1, 2)
 
 
 def squared_error(rows: Rows, output: torch.Tensor) -> float:
@@ -103,22 +136,31 @@ def squared_error(rows: Rows, output: torch.Tensor) -> float:
     return float(squared_errors(rows, output).sum())
 
 
-def energies(rows: Rows) -> torch.Tensor:
-    """Return the weighted squared norm of the exact outputs of each head, (num_heads,)."""
-    parts = zip(rows.out, rows.root_weights, strict=True)
-    return torch.cat([energies_of((exact * roots.unsqueeze(-1))[None]) for exact, roots in parts])
+def energies(rows: Rows, heads: Heads = ALL_HEADS) -> torch.Tensor:
+    """Return the weighted squared norms of the exact outputs of some heads, (num_heads,); the outputs of all heads are
+    read once, whatever is asked for."""
+    return _weighed(rows.out_norms[heads], rows.root_weights[heads])
 
 
 def squared_errors(rows: Rows, output: torch.Tensor) -> torch.Tensor:
     """Return the same of each head, (num_heads,)."""
-    parts = zip(output, rows.out, rows.root_weights, strict=True)
-    return torch.cat([energies_of(((made - exact) * roots.unsqueeze(-1))[None]) for made, exact, roots in parts])
+    parts = zip(output, rows.out, strict=True)  # head by head: the differences of one are enough to hold
+    distances = torch.stack([torch.linalg.vector_norm(made - exact, dim=-1) for made, exact in parts])
+    return _weighed(distances, rows.root_weights)
+
+
+def _weighed(norms: torch.Tensor, root_weights: torch.Tensor) -> torch.Tensor:
+    """Return the sum of w norm^2 of each head, (num_heads,), in float64 where the device has it."""
+    return (norms * root_weights).square().sum((1, 2), dtype=sum_dtype(norms))
 
 
 def held_out_rows(count: int, device: torch.device) -> torch.Tensor:
-    """Return bool (count,): which of the rows choose the ridge instead of being fitted."""
-    spans = torch.arange(count, device=device) // HELD_OUT_SPAN
-    return spans % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    """Return which of so many rows choose the ridge instead of being fitted, int64, increasing: the last span of each
+    `HELD_OUT_EVERY`. The host does not wait for the device."""
+    period, first = HELD_OUT_SPAN * HELD_OUT_EVERY, HELD_OUT_SPAN * (HELD_OUT_EVERY - 1)
+    periods, rest = divmod(count, period)
+    places = torch.arange(periods * HELD_OUT_SPAN + max(0, rest - first), device=device)
+    return places // HELD_OUT_SPAN * period + first + places % HELD_OUT_SPAN
 
 
 def attention_rows(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from compactor.solve.biases import add_diagonal, cholesky_factors, solve_factored, unsolvable
-from compactor.solve.gram import GramSum
+from compactor.solve.gram import GramSum, on_device
 
 FLOAT32_RIDGE = 1e-5  # from here on a GPU factors in float32 and refines once in float64
 RIDGES = (1e-3, 1e-2, 1e-1)  # candidates when the ridge is chosen on held-out rows
@@ -104,7 +104,7 @@ def fit_values(train: GramSum, held_out: GramSum, counts: torch.Tensor, ridge: f
         errors = held_out_errors(train, held_out, counts)
         best = errors.argmin(0)  # of equals the first: there may be no rows
         stays = errors.amin(0) > held_out.energy
-        chosen = errors.new_tensor(STRONGEST_FIRST).take(best)
+        chosen = on_device(STRONGEST_FIRST, errors.device, errors.dtype).take(best)
         change = solve_ridges(gram, rhs, counts, chosen).masked_fill(stays.view(-1, 1, 1), 0.0)
         ridges = chosen.masked_fill(stays, torch.inf)
     return ValueFit(change, ridges, energy, squared_errors(gram, rhs, energy, change))
@@ -117,7 +117,7 @@ def held_out_errors(train: GramSum, held_out: GramSum, counts: torch.Tensor) -> 
         changes = [solve_ridges(train.gram, train.rhs, counts, ridge) for ridge in STRONGEST_FIRST]
     else:
         times = len(STRONGEST_FIRST)
-        ridges = train.rhs.new_tensor(STRONGEST_FIRST).repeat_interleave(num_heads)
+        ridges = on_device(STRONGEST_FIRST, train.rhs.device, train.rhs.dtype).repeat_interleave(num_heads)
         gram, rhs, sizes = (part.repeat(times, *[1] * (part.dim() - 1)) for part in (train.gram, train.rhs, counts))
         changes = list(solve_ridges(gram, rhs, sizes, ridges).view(times, num_heads, most, head_dim))
     return torch.stack([squared_errors(held_out.gram, held_out.rhs, held_out.energy, change) for change in changes])
