@@ -92,7 +92,9 @@ def _try_attention_stats(device: torch.device, dtype: torch.dtype, head_dim: int
 
 def _try_refine_gradients(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
     from compactor_kernels.reference import FitRows, refine_gradients_reference
+    from compactor_kernels.reference_steps import begin_steps_reference, take_step_reference
     from compactor_kernels.refine_gradients import plan_gradients, refine_gradients
+    from compactor_kernels.refine_steps import begin_steps, take_step
 
     (queries,) = _draw(device, dtype, (HEADS, ROWS, head_dim))
     near, out, keys, values, biases, lse = _draw(
@@ -113,7 +115,20 @@ def _try_refine_gradients(device: torch.device, dtype: torch.dtype, head_dim: in
     plan = plan_gradients(rows, lengths, scales, scaling=scaling)
     found = refine_gradients(plan, index, keys, biases, values)
     expected = refine_gradients_reference(rows, index, keys, biases, values, lengths, scales, scaling=scaling)
-    return list(zip(found, expected, strict=True))
+    pairs: Pairs = list(zip(found, expected, strict=True))
+    # the first step is short: it moves a component whose gradient is nearly 0 one way or the other
+    drawn, rates = torch.stack([index, index // 2]), torch.tensor([0.01, 0.3], device=device)
+    start = keys, biases, values, scales, drawn, rates, (0.9, 0.95)
+    steps, twin = begin_steps(plan, *start), begin_steps_reference(*start)
+    for _ in rates:
+        take_step(plan, steps)
+        take_step_reference(rows, lengths, scales, twin, scaling=scaling)
+    rounded = steps.rounded_keys.float(), steps.scaled_values.float() * plan.out_unit.view(-1, 1, 1)
+    for before, here, there in zip(
+        (keys, biases, values, keys, values), (*steps.moving, *rounded), (*twin.moving, *twin.moving[::2]), strict=True
+    ):
+        pairs.append((here - before, there - before))
+    return pairs
 
 
 def _try_kept_shares(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:

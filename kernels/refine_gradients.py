@@ -9,8 +9,9 @@ sees besides is one more key, of fixed score and output):
 
 These are the gradients of half the sum of w_i ||out'_i - out_i||^2. Scores are never stored (FlashAttention-2, arXiv
 2307.08691, algorithms 1 and 2): `_row_errors` runs over the keys of a tile of rows and leaves e_i, shift_i and
-e_i.out'_i; `_key_sums` runs over a slice of the rows of a tile of keys, with scores computed once more; `_add_slices`
+e_i.out'_i; `_key_sums` runs over a slice of the rows of a tile of keys, with scores computed once more; `add_slices`
 adds the slices in a fixed order, so that equal calls give equal bits. Only tiles of keys that exist are visited.
+`refine_steps` adds them where it takes a step.
 
 Twin: `reference.refine_gradients_reference`.
 """
@@ -18,9 +19,10 @@ Twin: `reference.refine_gradients_reference`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,7 +35,7 @@ BLOCKS_PER_MULTIPROCESSOR = 2
 MOST_SLICES = 64
 SLICE_COST = 4  # row tiles of products that take as long as writing and reading the sums of one tile of keys
 SPARE_BYTES = 2048  # of shared memory, for numbers of rows and for reductions
-ADDED_KEYS, ADDED_SLICES = 8, 4  # keys of a block of `_add_slices`, and slices that it holds at once
+ADDED_KEYS, ADDED_SLICES = 8, 4  # keys of a block of `add_slices`, and slices that it holds at once
 HIGHEST_WEIGHT = 16.0  # errors are kept in units in which the highest weight of a head is this
 LARGEST_HALF = tl.constexpr(6e4)  # float16 ends at 65,504
 
@@ -50,7 +52,8 @@ def _row_errors(  # type: ignore[no-untyped-def]
     near_share,
     near,  # (num_heads, num_rows, HEAD_DIM) fp32, and the next
     out,
-    index,  # (num_drawn,) int64
+    drawn_rows,  # (steps, num_drawn) int64
+    number,  # (1,) int64: of the step
     keys,  # (num_heads, longest, HEAD_DIM), the type of the queries
     biases,  # (num_heads, longest) fp32
     values,  # (num_heads, longest, HEAD_DIM), SHARE_TYPE, in units of out_unit
@@ -72,7 +75,7 @@ def _row_errors(  # type: ignore[no-untyped-def]
     SCORE_TYPE: tl.constexpr,
     SHARE_TYPE: tl.constexpr,
 ):
-    """Attend with one tile of drawn rows to the keys of their head; grid (row tile, place in the order).
+    """Attend with one tile of a step's rows to the keys of their head; grid (row tile, place in the order).
 
     Rows of the last tile that are not drawn get error 0 and base inf: `_key_sums` may read them.
     """
@@ -80,6 +83,7 @@ def _row_errors(  # type: ignore[no-untyped-def]
     num_kept = tl.load(lengths + head)
     drawn = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)  # up to `padded`
     is_drawn = drawn < num_drawn
+    index = drawn_rows + tl.load(number) * num_drawn
     rows = head * num_rows + tl.load(index + drawn, mask=is_drawn, other=0)
     dims = tl.arange(0, DIM_TILE)
     dim_exists = dims < HEAD_DIM
@@ -129,7 +133,8 @@ def _row_errors(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["num_rows", "num_drawn", "padded", "longest", "rows_per_slice"])
 def _key_sums(  # type: ignore[no-untyped-def]
     queries,  # as above, down to lengths
-    index,
+    drawn_rows,
+    number,
     keys,
     biases,
     values,
@@ -174,6 +179,7 @@ def _key_sums(  # type: ignore[no-untyped-def]
     key_total = tl.zeros((KEY_TILE, DIM_TILE), tl.float32)
     value_total = tl.zeros((KEY_TILE, DIM_TILE), tl.float32)
     bias_total = tl.zeros((KEY_TILE,), tl.float32)
+    index = drawn_rows + tl.load(number) * num_drawn
     first_row = tl.program_id(1) * rows_per_slice
     for row_start in range(first_row, tl.minimum(first_row + rows_per_slice, padded), ROW_TILE):
         drawn = row_start + tl.arange(0, ROW_TILE)
@@ -204,17 +210,71 @@ def _key_sums(  # type: ignore[no-untyped-def]
     tl.store(bias_sums + place + in_tile, bias_total, mask=key_exists)
 
 
-@triton.jit(do_not_specialize=["num_heads", "longest", "num_slices"])
-def _add_slices(  # type: ignore[no-untyped-def]
+@triton.jit
+def place_keys(lengths, tile_heads, tile_starts, ADDED_KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return head and first key of a block's tile, and which of the tile's keys the block has and which of them exist;
+    grid (key tile, part of the tile)."""
+    head = tl.load(tile_heads + tl.program_id(0)).to(tl.int64)
+    start = tl.load(tile_starts + tl.program_id(0))
+    in_tile = tl.program_id(1) * ADDED_KEYS + tl.arange(0, ADDED_KEYS)
+    return head, start, in_tile, in_tile < tl.load(lengths + head) - start
+
+
+@triton.jit
+def add_slices(  # type: ignore[no-untyped-def]
     key_sums,  # from `_key_sums`, with the next two
     bias_sums,
     value_sums,
-    lengths,  # as above, with the next two
+    weight_unit,
+    out_unit,
+    scales,  # (3, num_heads) fp32
+    scaling,
+    num_heads,
+    num_slices,
+    head,  # from `place_keys`, with the next two
+    in_tile,
+    key_exists,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    ADDED_KEYS: tl.constexpr,
+    ADDED_SLICES: tl.constexpr,
+):
+    """Return the gradients with respect to a block's keys, biases and values: their slices, always added in the same
+    order, times the scales."""
+    tile = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, DIM_TILE)
+    in_keys = key_exists[:, None] & (dims < HEAD_DIM)[None, :]
+    elements = in_tile[:, None] * HEAD_DIM + dims[None, :]
+    unit = tl.load(out_unit + head)
+    value_scale = tl.load(scales + 2 * num_heads + head) * tl.load(weight_unit + head) * unit
+    bias_scale = tl.load(scales + num_heads + head) * tl.load(weight_unit + head) * unit * unit
+    key_scale = tl.load(scales + head) * tl.load(weight_unit + head) * unit * unit * scaling
+    key_total = tl.zeros((ADDED_KEYS, DIM_TILE), tl.float32)
+    value_total = tl.zeros((ADDED_KEYS, DIM_TILE), tl.float32)
+    bias_total = tl.zeros((ADDED_KEYS,), tl.float32)
+    for first_slice in range(0, num_slices, ADDED_SLICES):
+        for later in tl.static_range(ADDED_SLICES):
+            is_slice = tl.full((1,), first_slice + later, tl.int32) < num_slices
+            place = ((first_slice + later) * tl.num_programs(0) + tile) * KEY_TILE
+            sum_elements = place * HEAD_DIM + elements
+            key_total += tl.load(key_sums + sum_elements, mask=in_keys & is_slice[:, None], other=0.0)
+            value_total += tl.load(value_sums + sum_elements, mask=in_keys & is_slice[:, None], other=0.0)
+            bias_total += tl.load(bias_sums + place + in_tile, mask=key_exists & is_slice, other=0.0)
+    return key_total * key_scale, bias_total * bias_scale, value_total * value_scale
+
+
+@triton.jit(do_not_specialize=["num_heads", "longest", "num_slices"])
+def _write_gradients(  # type: ignore[no-untyped-def]
+    key_sums,  # as above, down to scales
+    bias_sums,
+    value_sums,
+    lengths,
     tile_heads,
     tile_starts,
     weight_unit,
     out_unit,
-    scales,  # (3, num_heads) fp32
+    scales,
     by_key,  # (num_heads, longest, HEAD_DIM) fp32
     by_bias,  # (num_heads, longest) fp32
     by_value,  # (num_heads, longest, HEAD_DIM) fp32
@@ -228,35 +288,34 @@ def _add_slices(  # type: ignore[no-untyped-def]
     ADDED_KEYS: tl.constexpr,
     ADDED_SLICES: tl.constexpr,
 ):
-    """Add the slices of a few keys, always in the same order; grid (key tile, part of the tile)."""
-    tile = tl.program_id(0).to(tl.int64)
-    head = tl.load(tile_heads + tile).to(tl.int64)
-    start = tl.load(tile_starts + tile)
-    in_tile = tl.program_id(1) * ADDED_KEYS + tl.arange(0, ADDED_KEYS)
-    key_exists = in_tile < tl.load(lengths + head) - start
+    """Write the gradients of a few keys; grid (key tile, part of the tile)."""
+    head, start, in_tile, key_exists = place_keys(lengths, tile_heads, tile_starts, ADDED_KEYS)
+    key_gradient, bias_gradient, value_gradient = add_slices(
+        key_sums,
+        bias_sums,
+        value_sums,
+        weight_unit,
+        out_unit,
+        scales,
+        scaling,
+        num_heads,
+        num_slices,
+        head,
+        in_tile,
+        key_exists,
+        HEAD_DIM,
+        DIM_TILE,
+        KEY_TILE,
+        ADDED_KEYS,
+        ADDED_SLICES,
+    )
+    places = head * longest + start + in_tile
     dims = tl.arange(0, DIM_TILE)
+    elements = places[:, None] * HEAD_DIM + dims[None, :]
     in_keys = key_exists[:, None] & (dims < HEAD_DIM)[None, :]
-    elements = in_tile[:, None] * HEAD_DIM + dims[None, :]
-    key_total = tl.zeros((ADDED_KEYS, DIM_TILE), tl.float32)
-    value_total = tl.zeros((ADDED_KEYS, DIM_TILE), tl.float32)
-    bias_total = tl.zeros((ADDED_KEYS,), tl.float32)
-    for first_slice in range(0, num_slices, ADDED_SLICES):
-        for later in tl.static_range(ADDED_SLICES):
-            is_slice = tl.full((1,), first_slice + later, tl.int32) < num_slices
-            place = ((first_slice + later) * tl.num_programs(0) + tile) * KEY_TILE
-            sum_elements = place * HEAD_DIM + elements
-            key_total += tl.load(key_sums + sum_elements, mask=in_keys & is_slice[:, None], other=0.0)
-            value_total += tl.load(value_sums + sum_elements, mask=in_keys & is_slice[:, None], other=0.0)
-            bias_total += tl.load(bias_sums + place + in_tile, mask=key_exists & is_slice, other=0.0)
-
-    unit = tl.load(out_unit + head)
-    value_scale = tl.load(scales + 2 * num_heads + head) * tl.load(weight_unit + head) * unit
-    bias_scale = tl.load(scales + num_heads + head) * tl.load(weight_unit + head) * unit * unit
-    key_scale = tl.load(scales + head) * tl.load(weight_unit + head) * unit * unit * scaling
-    first_key = head * longest + start
-    tl.store(by_key + first_key * HEAD_DIM + elements, key_total * key_scale, mask=in_keys)
-    tl.store(by_value + first_key * HEAD_DIM + elements, value_total * value_scale, mask=in_keys)
-    tl.store(by_bias + first_key + in_tile, bias_total * bias_scale, mask=key_exists)
+    tl.store(by_key + elements, key_gradient, mask=in_keys)
+    tl.store(by_value + elements, value_gradient, mask=in_keys)
+    tl.store(by_bias + places, bias_gradient, mask=key_exists)
 
 
 @dataclass(frozen=True)
@@ -275,6 +334,14 @@ class GradientPlan:
     sum_tiles: Tiles
     tile_heads: torch.Tensor  # (num_tiles,) int32
     tile_starts: torch.Tensor  # (num_tiles,) int32
+
+
+class SliceSums(NamedTuple):
+    """What `_key_sums` leaves, float32, in its units."""
+
+    keys: torch.Tensor  # (num_slices, num_tiles, key_tile, head_dim)
+    biases: torch.Tensor  # (num_slices, num_tiles, key_tile)
+    values: torch.Tensor  # (num_slices, num_tiles, key_tile, head_dim)
 
 
 def plan_gradients(
@@ -339,18 +406,68 @@ def refine_gradients(
 
     Raises ValueError when a shape, type, device or memory layout is not as above.
     """
-    _check_changing(plan, index, keys, biases, values)
-    rows, device, of_errors, of_sums = plan.rows, keys.device, plan.error_tiles, plan.sum_tiles
-    num_heads, longest, head_dim = keys.shape
-    num_rows, num_drawn = rows.lse.shape[1], index.shape[0]
+    check_moving(plan, keys, biases, values)
+    if index.dim() != 1:
+        raise ValueError(f"index must be (num_drawn,), not {tuple(index.shape)}.")
+    check_tensor("index", index, index.shape, torch.int64, plan.rows.queries.device)
     gradients = Gradients(torch.zeros_like(keys), torch.zeros_like(biases), torch.zeros_like(values))
-    if num_drawn == 0:
+    if len(index) == 0:
         return gradients
-    half = rows.queries.dtype != torch.float32
-    rounded_keys = keys.to(rows.queries.dtype)
+    rounded_keys, scaled_values = in_types_of_products(plan, keys, values)
+    sums = sum_slices(plan, index.unsqueeze(0), index.new_zeros(1), rounded_keys, biases, scaled_values)
+    num_heads, longest, head_dim = keys.shape
+    with on_device_of(keys):
+        _write_gradients[added_blocks(plan)](
+            *sums,
+            plan.lengths,
+            plan.tile_heads,
+            plan.tile_starts,
+            plan.weight_unit,
+            plan.out_unit,
+            plan.scales,
+            *gradients,
+            plan.scaling,
+            num_heads,
+            longest,
+            len(sums.keys),
+            HEAD_DIM=head_dim,
+            DIM_TILE=plan.sum_tiles.dim_tile,
+            KEY_TILE=plan.sum_tiles.key_tile,
+            ADDED_KEYS=ADDED_KEYS,
+            ADDED_SLICES=ADDED_SLICES,
+            num_warps=4,
+        )
+    return gradients
+
+
+def in_types_of_products(
+    plan: GradientPlan, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values as products take them: keys in the type of the queries; values in units of the plan's
+    ``out_unit``, float16 for half-precision queries."""
     scaled_values = values / plan.out_unit.view(-1, 1, 1)
-    if half:
+    if plan.rows.queries.dtype != torch.float32:
         scaled_values = scaled_values.clamp_(-LARGEST_HALF.value, LARGEST_HALF.value).half()
+    return keys.to(plan.rows.queries.dtype), scaled_values
+
+
+def sum_slices(
+    plan: GradientPlan,
+    drawn_rows: torch.Tensor,
+    number: torch.Tensor,
+    rounded_keys: torch.Tensor,
+    biases: torch.Tensor,
+    scaled_values: torch.Tensor,
+) -> SliceSums:
+    """Launch what a step has before its slices are added; nothing is checked.
+
+    drawn_rows: (steps, num_drawn) int64, one row number at least; number: (1,) int64, whose row of them is taken;
+    rounded_keys, scaled_values: as `in_types_of_products` gives them; biases: (num_heads, longest) float32.
+    """
+    rows, device, of_errors, of_sums = plan.rows, rounded_keys.device, plan.error_tiles, plan.sum_tiles
+    num_heads, longest, head_dim = rounded_keys.shape
+    num_rows, num_drawn = rows.lse.shape[1], drawn_rows.shape[1]
+    half = rows.queries.dtype != torch.float32
     padded = ceil_div(num_drawn, of_errors.row_tile) * of_errors.row_tile
     errors = torch.empty((num_heads, padded, head_dim), dtype=scaled_values.dtype, device=device)
     bases, products = (torch.empty((num_heads, padded), device=device) for _ in range(2))
@@ -364,10 +481,11 @@ def refine_gradients(
     bias_sums = torch.empty(key_sums.shape[:3], device=device)
     types = {"SCORE_TYPE": _score_type(rows.queries.dtype), "SHARE_TYPE": tl.float16 if half else tl.float32}
 
-    with torch.cuda.device(device) if keys.is_cuda else nullcontext():
+    with on_device_of(rounded_keys):
         _row_errors[(ceil_div(num_drawn, of_errors.row_tile), len(plan.order))](
             *rows,
-            index,
+            drawn_rows,
+            number,
             rounded_keys,
             biases,
             scaled_values,
@@ -392,7 +510,8 @@ def refine_gradients(
         )
         _key_sums[(num_tiles, num_slices)](
             rows.queries,
-            index,
+            drawn_rows,
+            number,
             rounded_keys,
             biases,
             scaled_values,
@@ -419,29 +538,17 @@ def refine_gradients(
             num_warps=of_sums.num_warps,
             num_stages=of_sums.num_stages,
         )
-        _add_slices[(num_tiles, of_sums.key_tile // ADDED_KEYS)](
-            key_sums,
-            bias_sums,
-            value_sums,
-            plan.lengths,
-            plan.tile_heads,
-            plan.tile_starts,
-            plan.weight_unit,
-            plan.out_unit,
-            plan.scales,
-            *gradients,
-            plan.scaling,
-            num_heads,
-            longest,
-            num_slices,
-            HEAD_DIM=head_dim,
-            DIM_TILE=of_sums.dim_tile,
-            KEY_TILE=of_sums.key_tile,
-            ADDED_KEYS=ADDED_KEYS,
-            ADDED_SLICES=ADDED_SLICES,
-            num_warps=4,
-        )
-    return gradients
+    return SliceSums(key_sums, bias_sums, value_sums)
+
+
+def added_blocks(plan: GradientPlan) -> tuple[int, int]:
+    """Return the grid of a kernel that calls `add_slices`."""
+    return len(plan.tile_heads), plan.sum_tiles.key_tile // ADDED_KEYS
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Return the context in which kernels are launched on the device of a tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def flops(num_drawn: int, lengths: Sequence[int], head_dim: int) -> int:
@@ -462,8 +569,8 @@ def choose_tiles(head_dim: int, element_bytes: int, shared_bytes: int) -> tuple[
         tiles = Tiles(size, size, dim_tile, 8 if dim_tile > 128 else 4, 1)
         return tiles, tiles
     narrow, wide = dim_tile <= 64, dim_tile > 128
-    errors = Tiles(128 if dim_tile == 128 else 64, 64, dim_tile, 4 if narrow else 8, 2 if wide else 3)
-    sums = Tiles(64 if narrow else 32, 64, dim_tile, 8 if wide else 4, 2 if wide else 3)
+    errors = Tiles(64, 64, dim_tile, 8 if wide else 4, 3 if narrow else 2)
+    sums = Tiles(32 if wide else 64, 64, dim_tile, 8 if wide else 4, 3 if narrow else 2)
     pair_bytes = 2 * 2 * dim_tile  # a key and a value, or a query and an error
 
     def errors_fit(tiles: Tiles) -> bool:
@@ -534,32 +641,29 @@ def _check_rows(rows: FitRows, lengths: Sequence[int], scales: torch.Tensor) -> 
     shapes = {"near": queries.shape, "out": queries.shape}
     for name, tensor in rows._asdict().items():
         if name != "queries":
-            _check_tensor(name, tensor, shapes.get(name, queries.shape[:2]), torch.float32, queries.device)
-    _check_tensor("queries", queries, queries.shape, queries.dtype, queries.device)
-    _check_tensor("scales", scales, (3, num_heads), torch.float32, queries.device)
+            check_tensor(name, tensor, shapes.get(name, queries.shape[:2]), torch.float32, queries.device)
+    check_tensor("queries", queries, queries.shape, queries.dtype, queries.device)
+    check_tensor("scales", scales, (3, num_heads), torch.float32, queries.device)
     if len(lengths) != num_heads or min(lengths) < 0 or max(lengths) < 1:
         raise ValueError(f"lengths must be {num_heads} numbers of keys, one above 0 at least, not {list(lengths)}.")
 
 
-def _check_changing(
-    plan: GradientPlan, index: torch.Tensor, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor
-) -> None:
+def check_moving(plan: GradientPlan, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor) -> None:
+    """Raise ValueError unless keys, biases and values are as `refine_gradients` takes them."""
     num_heads, _, head_dim = plan.rows.queries.shape
     device = plan.rows.queries.device
     if keys.dim() != 3 or keys.shape[1] < plan.longest:
         raise ValueError(f"keys must be (num_heads, {plan.longest} or more, head_dim), not {tuple(keys.shape)}.")
     shape = (num_heads, keys.shape[1], head_dim)
-    _check_tensor("keys", keys, shape, torch.float32, device)
-    _check_tensor("biases", biases, shape[:2], torch.float32, device)
-    _check_tensor("values", values, shape, torch.float32, device)
-    if index.dim() != 1:
-        raise ValueError(f"index must be (num_drawn,), not {tuple(index.shape)}.")
-    _check_tensor("index", index, index.shape, torch.int64, device)
+    check_tensor("keys", keys, shape, torch.float32, device)
+    check_tensor("biases", biases, shape[:2], torch.float32, device)
+    check_tensor("values", values, shape, torch.float32, device)
 
 
-def _check_tensor(
+def check_tensor(
     name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
+    """Raise ValueError unless a tensor is contiguous and has this shape, type and device."""
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise ValueError(f"{name} must be {tuple(shape)} {dtype}, not {found}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ import torch
 from compactor.solve import refine as refine_module
 from compactor.solve.refine import HeadKeyValues, Problem, Refiner, batches, draw_rows, rate
 from compactor.solve.rows import Rows, fitted_output, held_out_rows, squared_error
-from compactor_kernels.reference import FitRows, Gradients, refine_gradients_reference
+from compactor_kernels.reference import FitRows, refine_gradients_reference
+from compactor_kernels.reference_steps import Steps, begin_steps_reference, take_step_reference
 
 KV_HEADS, GROUP, ROWS, DIM, DOCUMENT = 3, 2, 160, 8, 48
 
@@ -154,20 +155,25 @@ class TwinPlan(NamedTuple):
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[TwinPlan]:
-    """Take the steps as if by the kernels, their twin in their place; returns the plans that are made."""
-    kernels = pytest.importorskip("compactor_kernels.refine_gradients")
+    """Take the steps as if by the kernels, their twins in their place; returns the plans that are made."""
+    of_gradients = pytest.importorskip("compactor_kernels.refine_gradients")
+    of_steps = pytest.importorskip("compactor_kernels.refine_steps")
     plans: list[TwinPlan] = []
 
     def plan(rows: FitRows, lengths: list[int], scales: torch.Tensor, *, scaling: float) -> TwinPlan:
         plans.append(TwinPlan(rows, lengths, scales, scaling))
         return plans[-1]
 
-    def step(own: TwinPlan, index: torch.Tensor, *moving: torch.Tensor) -> Gradients:
-        return refine_gradients_reference(own.rows, index, *moving, own.lengths, own.scales, scaling=own.scaling)
+    def begin(own: TwinPlan, *start: Any) -> Steps:
+        return begin_steps_reference(*start)
+
+    def step(own: TwinPlan, steps: Steps) -> None:
+        take_step_reference(own.rows, own.lengths, own.scales, steps, scaling=own.scaling)
 
     monkeypatch.setattr(refine_module, "is_fused", lambda parts: True)
-    monkeypatch.setattr(kernels, "plan_gradients", plan)
-    monkeypatch.setattr(kernels, "refine_gradients", step)
+    monkeypatch.setattr(of_gradients, "plan_gradients", plan)
+    monkeypatch.setattr(of_steps, "begin_steps", begin)
+    monkeypatch.setattr(of_steps, "take_step", step)
     return plans
 
 
@@ -178,10 +184,11 @@ def test_fused_gradients_are_those_of_the_torch_path(fused: list[TwinPlan]) -> N
     generator = torch.Generator().manual_seed(1)
     starts = (problem.keys, problem.biases, problem.values)
     moved = problem.moved(*(0.1 * torch.randn(part.shape, generator=generator) for part in starts))
-    expected = problem.gradients(problem.take(index), *moved)
-    for found, part in zip(problem.step_gradients(index, *moved), expected, strict=True):
-        torch.testing.assert_close(found, part, rtol=1e-4, atol=1e-6 * float(part.abs().max()))
-    assert len(fused) == 1 and fused[0].lengths == [8, 1, 5]
+    (plan,) = fused
+    assert plan.lengths == [8, 1, 5]
+    found = refine_gradients_reference(plan.rows, index[0], *moved, plan.lengths, plan.scales, scaling=plan.scaling)
+    for part, expected in zip(found, problem.gradients(problem.take(index), *moved), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("counts", [[6, 4, 8], [8, 0, 2]])

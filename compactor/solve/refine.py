@@ -11,14 +11,14 @@ gradients are those of softmax attention in which prefix and local keys are one 
 
     dS_ij = p_ij (g_i.v'_j - g_i.out'_i),   dK' = s dS^T Q,   db' = sum_i dS_i,   dV' = P^T g
 
-On an NVIDIA GPU Triton kernels that keep no scores take the steps on rows that see all kept keys; `Problem.gradients`
-takes the others.
+On an NVIDIA GPU Triton kernels that keep no scores take the steps on rows that see all kept keys; torch takes the
+others, on `Problem.gradients`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,13 +84,15 @@ class Refiner:
     ) -> tuple[list[HeadKeyValues], list[bool]]:
         """Return the refined heads of a batch, and which of them are finite; the host waits for them once."""
         problem = Problem(parts, [heads[i] for i in members], members)
-        descent, drawn = _Descent(problem), self._draw(problem)
+        drawn, rates = self._draw(problem), [rate(step, self.steps) for step in range(self.steps)]
+        make = _Descent if problem.plan is None else _FusedDescent
+        descent = make(problem, drawn, rates)
         if can_capture(problem.keys.device):
-            self._replay(descent, drawn)
+            self._replay(descent.take_next, problem.keys.device)
         else:
-            for step in range(self.steps):
-                descent.step([rows[step] for rows in drawn], rate(step, self.steps))
-        keys, biases, values = problem.moved(*(change.detach() for change in descent.changes))
+            for _ in range(self.steps):
+                descent.take_next()
+        keys, biases, values = descent.moved()
         finite = (keys.isfinite() & values.isfinite()).flatten(1).all(1) & biases.isfinite().all(1)  # padding is
         return [
             HeadKeyValues(keys[i, :n], biases[i, :n], values[i, :n], heads[index].positions)
@@ -106,20 +108,11 @@ class Refiner:
             self.drawn[sizes] = [part.to(problem.keys.device) for part in draw_rows(sizes, self.steps, self.seed)]
         return self.drawn[sizes]
 
-    def _replay(self, descent: _Descent, drawn: list[torch.Tensor]) -> None:
-        """Take the first steps one by one, capture one, and replay it for the others: rows and rate of a step are found
-        on the device by its number, so that the host only says that there is another."""
-        device = descent.problem.keys.device
-        rates = torch.tensor([rate(step, self.steps) for step in range(self.steps)], device=device)
-        number = torch.zeros(1, dtype=torch.int64, device=device)
+    def _replay(self, take_next: Callable[[], None], device: torch.device) -> None:
+        """Take the first steps one by one, capture one, and replay it for the others: what a step needs is found on the
+        device by its number, so that the host only says that there is another."""
         self.stream = self.stream or torch.cuda.Stream(device)
         here, aside = torch.cuda.current_stream(device), self.stream
-
-        def take_next() -> None:
-            descent.rate.copy_(rates.index_select(0, number).squeeze(0))
-            descent.step([rows.index_select(0, number).squeeze(0) for rows in drawn])
-            number.add_(1)
-
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(min(EAGER_STEPS, self.steps)):
@@ -136,35 +129,68 @@ class Refiner:
 
 
 class _Descent:
-    """Adam on the changes of a batch of heads."""
+    """Adam on the changes of a batch of heads, by torch."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, drawn: list[torch.Tensor], rates: list[float]) -> None:
+        self.problem, self.drawn = problem, drawn
         self.changes = [
             torch.zeros_like(part, requires_grad=True) for part in (problem.keys, problem.biases, problem.values)
         ]
-        on_gpu = problem.keys.is_cuda
-        self.rate = torch.tensor(FASTEST, device=problem.keys.device)
+        self.on_gpu = problem.keys.is_cuda
+        device = problem.keys.device if self.on_gpu else "cpu"
+        self.rate = torch.tensor(FASTEST, device=device)
+        self.rates = torch.tensor(rates, dtype=torch.float64, device=device)
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)
         self.optimizer = torch.optim.Adam(
             self.changes,
-            lr=self.rate if on_gpu else FASTEST,
+            lr=self.rate if self.on_gpu else FASTEST,
             betas=BETAS,
-            fused=on_gpu,
-            capturable=on_gpu,
+            fused=self.on_gpu,
+            capturable=self.on_gpu,
         )
 
-    def step(self, index: list[torch.Tensor], rate: float | None = None) -> None:
-        """Take one step on the rows of ``index``, with a new rate or the one before."""
+    def take_next(self) -> None:
+        """Take the next step; on a GPU its rows and rate are found there."""
+        if self.on_gpu:
+            self.rate.copy_(self.rates.index_select(0, self.number).squeeze(0))
+            index = [rows.index_select(0, self.number).squeeze(0) for rows in self.drawn]
+        else:
+            step = int(self.number)
+            self.optimizer.param_groups[0]["lr"] = float(self.rates[step])
+            index = [rows[step] for rows in self.drawn]
+        self.number.add_(1)
         with torch.no_grad():
-            gradients = self.problem.step_gradients(index, *self.problem.moved(*self.changes))
+            gradients = self.problem.gradients(self.problem.take(index), *self.problem.moved(*self.changes))
         for change, gradient in zip(self.changes, gradients, strict=True):
             change.grad = gradient
-        if rate is not None:
-            if self.problem.keys.is_cuda:
-                self.rate.fill_(rate)
-            else:
-                self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
+
+    def moved(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return keys, biases and values after the steps so far."""
+        return self.problem.moved(*(change.detach() for change in self.changes))
+
+
+class _FusedDescent:
+    """Adam on keys, biases and values of a batch of heads, by the kernels; ``drawn`` is of one part."""
+
+    def __init__(self, problem: Problem, drawn: list[torch.Tensor], rates: list[float]) -> None:
+        from compactor_kernels import refine_steps as kernels
+
+        assert problem.plan is not None
+        self.plan, start = problem.plan, (problem.keys, problem.biases, problem.values)
+        on_device = torch.tensor(rates, device=problem.keys.device)
+        self.steps = kernels.begin_steps(self.plan, *start, problem.units, drawn[0], on_device, BETAS)
+
+    def take_next(self) -> None:
+        """Take the next step."""
+        from compactor_kernels import refine_steps as kernels
+
+        kernels.take_step(self.plan, self.steps)
+
+    def moved(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return keys, biases and values after the steps so far."""
+        keys, biases, values = self.steps.moving
+        return keys, biases, values
 
 
 def can_capture(device: torch.device) -> bool:
@@ -254,6 +280,7 @@ class Problem:
         self.key_unit = (key_size * self.present.unsqueeze(-1)).contiguous()
         self.value_unit = (value_size * self.present.unsqueeze(-1)).contiguous()
         self.bias_unit = self.present * pace.squeeze(-1)
+        self.units = torch.stack([unit.flatten() for unit in (key_size, pace, value_size)])  # padding has them too
         everyone = members == list(range(parts[0].lse.shape[0]))
         chosen = slice(None) if everyone else torch.tensor(members, device=device)
         self.parts = [_flat(part, chosen) for part in parts if part.lse.shape[2]]
@@ -265,12 +292,7 @@ class Problem:
         self.plan: GradientPlan | None = None
         if is_fused(parts):
             scale = 2.0 * self.num_rows / rows_of_step(device) / self.energy
-            self.plan = _plan(
-                self.parts[0],
-                [len(head.biases) for head in heads],
-                torch.stack([key_size.flatten() * scale, pace.flatten() * scale, value_size.flatten() * scale]),
-                self.scaling,
-            )
+            self.plan = _plan(self.parts[0], [len(head.biases) for head in heads], self.units * scale, self.scaling)
 
     def sample_sizes(self) -> tuple[tuple[int, int], ...]:
         """Return of each part how many rows it has and how many of them a step takes, its share of all."""
@@ -295,17 +317,6 @@ class Problem:
             torch.addcmul(self.biases, biases, self.bias_unit),
             torch.addcmul(self.values, values, self.value_unit),
         )
-
-    def step_gradients(
-        self, index: list[torch.Tensor], keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return `gradients` on the rows of some row numbers of each part, by the kernels where they take the steps."""
-        if self.plan is None:
-            return self.gradients(self.take(index), keys, biases, values)
-        from compactor_kernels import refine_gradients as kernels
-
-        by_key, by_bias, by_value = kernels.refine_gradients(self.plan, index[0], keys, biases, values)
-        return by_key, by_bias, by_value
 
     def gradients(
         self, rows: Sample, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor
