@@ -271,6 +271,16 @@ def _try_value_targets(device: torch.device, dtype: torch.dtype, head_dim: int) 
     return [*zip(*parts, strict=True), (found.energy, expected.energy)]
 
 
+def _try_rotary(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.reference_rotary import rotate_reference
+    from compactor_kernels.rotary import rotate
+
+    wide, keys = _draw(device, dtype, (2, ROWS, HEADS * GROUP, head_dim), (2, HEADS, ROWS, head_dim))
+    cos, sin = _draw(device, dtype, (1, ROWS, head_dim), (1, ROWS, head_dim))
+    given = wide.transpose(1, 2), keys, cos, sin
+    return list(zip(rotate(*given), rotate_reference(*given), strict=True))
+
+
 TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "biased_decode": _try_biased_decode,
     "attention_stats": _try_attention_stats,
@@ -281,4 +291,5 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "gram": _try_gram,
     "value_targets": _try_value_targets,
     "merge_rows": _try_merge_rows,
+    "rotary": _try_rotary,
 }

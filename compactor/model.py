@@ -101,6 +101,7 @@ def load_model(
     Raises ModelError, SettingsError, MismatchError, or MemoryShortError when the weights do not fit.
     """
     from compactor.norms import fuse_norms
+    from compactor.rotary import fuse_rotary
 
     reporter = reporter or SilentReporter()
     source = resolve(name, revision)
@@ -113,6 +114,7 @@ def load_model(
     with reporter.phase("load model"):
         model = _load_weights(folder, config, place, dtype, source)
         fuse_norms(model)
+        fuse_rotary(model)
     loaded = wrap_model(model, tokenizer, name=source.name, revision=commit)
     if expected is not None:
         check_identity(expected, loaded.identity())

@@ -16,6 +16,7 @@ from compactor.certificate import FIXED_QUESTIONS, SECTION_PROMPT
 from compactor.model import LoadedModel, wrap_model
 from compactor.norms import fuse_norms
 from compactor.reference_queries import REPEAT_FIRST, REPEAT_LATER
+from compactor.rotary import fuse_rotary
 from compactor.self_study import PASSAGE_PROMPT, WHOLE_PROMPTS
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def make_random_model(name: str, device: torch.device, *, seed: int, tokens: int
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=model_dtype(device))
     for block in model.get_decoder().layers:
         sharpen(block.self_attn, config.initializer_range * config.hidden_size**0.5)
-    fuse_norms(model)  # as a model that is loaded
+    fuse_norms(model)  # like a model that is loaded
+    fuse_rotary(model)
     return wrap_model(model, tokenizer, name=f"random {name}")
 
 
