@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from compactor.errors import CompactorError
-from compactor.kernel_trial import passes
+from compactor.kernel_trial import kernel_available, passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,14 +173,6 @@ def kernel_usable(name: str, query: torch.Tensor) -> bool:
     return passes(name, query.device, query.dtype, query.shape[-1])
 
 
-@cache
-def kernel_available(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a CUDA device: Triton is installed and the GPU is an Ampere or newer."""
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def dense_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -312,7 +304,7 @@ def cudnn_passes(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
     try:
         pairs = zip(_by_cudnn(*given), _by_flash(*given), strict=True)
         return all(bool((a.float() - b.float()).norm() <= CUDNN_TOLERANCE * b.float().norm()) for a, b in pairs)
-    except RuntimeError:  # built without it, or it has no plan for these shapes
+    except (RuntimeError, TypeError):  # built without it, no plan for these shapes, or another PyTorch's arguments
         return False
 
 

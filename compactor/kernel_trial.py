@@ -17,6 +17,14 @@ HEADS, GROUP, ROWS, KEYS = 2, 2, 96, 80
 
 
 @cache
+def kernel_available(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a CUDA device: Triton is installed and the GPU is an Ampere or newer."""
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
 def passes(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether kernel ``name`` of `TRIALS` agrees with its twin on small random input; tried once a process.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from compactor.kernel_trial import passes
+from compactor.kernel_trial import kernel_available, passes
 from compactor.norms import is_half_on_gpu
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def fused_form(forward: FunctionType, device: torch.device, dtype: torch.dtype) 
     """Return a forward function of the same code that turns by the kernel; None where the kernel cannot be trusted, or
     does something else than the function that it would replace."""
     original: Rotary = forward.__globals__[NAME]
-    if forward.__closure__ or not passes("rotary", device, dtype, TRIED[-1]):
+    if forward.__closure__ or not (kernel_available(device) and passes("rotary", device, dtype, TRIED[-1])):
         return None
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(TRIED, generator=generator).to(device, dtype)

@@ -153,6 +153,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return queries.contiguous(), keys.contiguous()
 
     monkeypatch.setattr(kernels, "rotate", turn)
+    monkeypatch.setattr(rotary, "kernel_available", lambda device: True)
     monkeypatch.setattr(rotary, "passes", lambda *_: True)
     monkeypatch.setattr(rotary, "is_half_on_gpu", lambda weight: weight.dtype in (torch.float16, torch.bfloat16))
     return calls
@@ -180,6 +181,14 @@ def test_a_function_that_does_something_else_is_kept(
         type(model.model.layers[0].self_attn).forward.__globals__, rotary.NAME, lambda q, k, cos, sin: (q + cos, k)
     )
     assert fuse_rotary(model) == 0
+
+
+def test_nothing_is_tried_where_no_kernel_runs(
+    tmp_path: Path, on_cpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotary, "kernel_available", lambda device: False)
+    monkeypatch.setattr(rotary, "passes", lambda *_: pytest.fail("the kernel was tried"))
+    assert fuse_rotary(tiny(tmp_path, "llama", torch.bfloat16)) == 0
 
 
 def test_modules_that_accelerate_moves_and_other_precision_are_left_alone(tmp_path: Path, on_cpu: list[int]) -> None:

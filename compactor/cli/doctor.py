@@ -151,8 +151,7 @@ def _kernel_failures() -> dict[str, str]:
     """Try every kernel on the GPU, at the commonest head size; return what is wrong by its name."""
     import torch
 
-    from compactor.attention import kernel_available
-    from compactor.kernel_trial import TRIALS, failure
+    from compactor.kernel_trial import TRIALS, failure, kernel_available
 
     device = torch.device("cuda", torch.cuda.current_device())
     if not kernel_available(device):

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from compactor.attention import half_product, kernel_available
-from compactor.kernel_trial import passes
+from compactor.attention import half_product
+from compactor.kernel_trial import kernel_available, passes
 from compactor_kernels.reference_targets import SECOND_HALF
 
 LEAF = 256  # columns below which splitting a symmetric product no longer pays

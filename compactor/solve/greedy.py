@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from compactor.attention import kernel_available
-from compactor.kernel_trial import passes
+from compactor.kernel_trial import kernel_available, passes
 from compactor_kernels.reference_greedy import Picks, greedy_picks_reference
 
 REDUNDANT = 1e-5  # of a column's own energy: below it the column is a combination of those already taken
