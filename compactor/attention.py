@@ -184,8 +184,7 @@ def dense_attention(
     """Attend without a mask: query (num_kv_heads, rows, head_dim), keys and values (num_kv_heads, kv_len, head_dim).
 
     Returns out in ``out_type`` (query's shape) and float32 lse (num_kv_heads, rows). Half-precision inputs on an NVIDIA
-    GPU go through PyTorch's own fused kernel (FlashAttention-2), whose output is rounded to the input's type; elsewhere
-    float32.
+    GPU go through `fused_attention`; elsewhere all is computed in float32.
     """
     if is_fast(query):
         return fused_attention(query, keys, values, scaling, causal=False, out_type=out_type)
@@ -267,11 +266,16 @@ def fused_attention(
     rows). Large products take cuDNN's kernel where there is one, others FlashAttention-2."""
     num_heads, num_rows, head_dim = query.shape
     operations = 4 * num_heads * num_rows * keys.shape[1] * head_dim
-    suits = len(keys) == num_heads and (not causal or keys.shape[1] == num_rows)  # it counts rows from the first key
-    if suits and operations >= CUDNN_OPERATIONS and cudnn_passes(query.device, query.dtype, head_dim):
-        out, lse = _by_cudnn(query, keys, values, scaling, causal)
-    else:
-        out, lse = _by_flash(query, keys, values, scaling, causal)
+    large = not causal and len(keys) == num_heads and operations >= CUDNN_OPERATIONS
+    if large and cudnn_passes(query.device, query.dtype, head_dim):
+        try:
+            out, lse = _by_cudnn(query, keys, values, scaling)
+            return out.to(out_type), lse
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # it has no plan for these shapes
+            pass
+    out, lse = _by_flash(query, keys, values, scaling, causal)
     return out.to(out_type), lse
 
 
@@ -284,10 +288,10 @@ def _by_flash(
 
 
 def _by_cudnn(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, lse = kernel(query[None], keys[None], values[None], None, True, 0.0, causal, False, scale=scaling)[:2]
+    out, lse = kernel(query[None], keys[None], values[None], None, True, 0.0, False, False, scale=scaling)[:2]
     return out[0], lse[0].reshape(len(query), -1)[:, : query.shape[1]]
 
 
@@ -300,9 +304,9 @@ def cudnn_passes(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
     generator = torch.Generator().manual_seed(0)
     shapes = (2, CUDNN_TRIED, head_dim), (2, 3 * CUDNN_TRIED + 8, head_dim), (2, 3 * CUDNN_TRIED + 8, head_dim)
     query, keys, values = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    given = query, keys, values, head_dim**-0.5, False
+    given = query, keys, values, head_dim**-0.5
     try:
-        pairs = zip(_by_cudnn(*given), _by_flash(*given), strict=True)
+        pairs = zip(_by_cudnn(*given), _by_flash(*given, causal=False), strict=True)
         return all(bool((a.float() - b.float()).norm() <= CUDNN_TOLERANCE * b.float().norm()) for a, b in pairs)
     except (RuntimeError, TypeError):  # built without it, no plan for these shapes, or another PyTorch's arguments
         return False
@@ -318,9 +322,12 @@ def fused_segments(
     *,
     out_type: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for segments that lie one after another, each causal and by itself: query (num_heads, rows, head_dim),
-    keys and values (num_kv_heads, rows, head_dim) of half precision; starts: (segments + 1,) int32, where each begins
-    and the last ends; longest: rows of the longest. Returns out and lse as `fused_attention`."""
+    """FlashAttention-2 for segments that lie one after another, each causal and by itself.
+
+    query (num_heads, rows, head_dim), keys and values (num_kv_heads, rows, head_dim) of half precision; starts:
+    (segments + 1,) int32, where each begins and the last ends; longest: rows of the longest. Returns out and lse as
+    `fused_attention`.
+    """
     q, k, v = (part.transpose(0, 1).contiguous() for part in (query, keys, values))
     flash = torch.ops.aten._flash_attention_forward
     out, lse = flash(q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scaling)[:2]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "apply_rotary_pos_emb"
-TRIED = 1, 3, 40, 64  # batch, heads, rows and head size of random input
+TRIED = 1, 3, 40  # batch, heads and rows of random input
+HEAD_DIM = 128  # of modules that do not tell theirs
 ROUNDINGS = 4.0  # units in the last place of 1 by which two functions may differ on it
 
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -34,17 +35,19 @@ def fuse_rotary(model: PreTrainedModel) -> int:
     Modules that other code moves between devices (accelerate's hooks) stay as they are, and so does every module whose
     function does something else.
     """
-    count, forms = 0, dict[type, FunctionType | None]()
+    count, forms = 0, dict[tuple[type, int], type | None]()
     for module in model.modules():
         kind = type(module)
         weight = next(module.parameters(), None)
         if not calls_rotary(kind) or weight is None or not is_half_on_gpu(weight) or hasattr(module, "_hf_hook"):
             continue
-        if kind not in forms:
-            forms[kind] = fused_form(cast(FunctionType, kind.forward), weight.device, weight.dtype)
-        form = forms[kind]
-        if form is not None:
-            module.forward = MethodType(form, module)
+        head_dim = int(getattr(module, "head_dim", HEAD_DIM))
+        if (kind, head_dim) not in forms:
+            form = fused_form(cast(FunctionType, kind.forward), weight.device, weight.dtype, head_dim)
+            forms[kind, head_dim] = None if form is None else type(kind.__name__, (kind,), {"forward": form})
+        turning = forms[kind, head_dim]
+        if turning is not None:
+            module.__class__ = turning  # a bound method would keep the module alive by itself
             count += 1
     return count
 
@@ -56,15 +59,15 @@ def calls_rotary(kind: type) -> bool:
 
 
 @torch.no_grad()
-def fused_form(forward: FunctionType, device: torch.device, dtype: torch.dtype) -> FunctionType | None:
+def fused_form(forward: FunctionType, device: torch.device, dtype: torch.dtype, head_dim: int) -> FunctionType | None:
     """Return a forward function of the same code that turns by the kernel; None where the kernel cannot be trusted, or
     does something else than the function that it would replace."""
     original: Rotary = forward.__globals__[NAME]
-    if forward.__closure__ or not (kernel_available(device) and passes("rotary", device, dtype, TRIED[-1])):
+    if forward.__closure__ or not (kernel_available(device) and passes("rotary", device, dtype, head_dim)):
         return None
     generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(TRIED, generator=generator).to(device, dtype)
-    angles = 6.0 * torch.rand(TRIED[0], *TRIED[2:], generator=generator)
+    queries = torch.randn(*TRIED, head_dim, generator=generator).to(device, dtype)
+    angles = 6.0 * torch.rand(TRIED[0], TRIED[2], head_dim, generator=generator)
     given = queries, queries[:, :1], angles.cos().to(device, dtype), angles.sin().to(device, dtype)
     allowed = ROUNDINGS * torch.finfo(dtype).eps
     for found, expected in zip(by_kernel(*given, original=original), original(*given), strict=True):
@@ -86,7 +89,8 @@ def by_kernel(
     original: Rotary,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn by the kernel what it takes, the rest by the function of the model's file."""
-    suits = unsqueeze_dim == 1 and queries.dim() == 4 and cos.shape[-1] == queries.shape[-1] and not cos.shape[-1] % 2
+    suits = unsqueeze_dim == 1 and queries.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == queries.shape[-1]
+    suits = suits and not cos.shape[-1] % 2 and queries.stride(-1) == keys.stride(-1) == 1
     if not suits or not queries.dtype == keys.dtype == cos.dtype == sin.dtype:
         return original(queries, keys, cos, sin, unsqueeze_dim)
     from compactor_kernels.rotary import rotate

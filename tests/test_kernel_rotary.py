@@ -7,7 +7,9 @@ singly.
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,7 +116,7 @@ class TestRotate:
             (lambda g: (g[0], g[1][:, :, 1:], *g[2:]), "keys must be"),
             (lambda g: (g[0], g[1].half(), *g[2:]), "keys must have the type"),
             (lambda g: (*g[:2], g[2][:, 1:], g[3][:, 1:]), "cos must be"),
-            (lambda g: (*g[:2], g[2].expand(2, 5, 64)[:, :, :].transpose(1, 2).transpose(1, 2), g[3][:1]), "must be"),
+            (lambda g: (*g[:2], g[2].mT.contiguous().mT, g[3]), "cos must be contiguous"),
             (lambda g: (*g[:3], g[3].double()), "sin must have the type"),
             (lambda g: (g[0].transpose(2, 3).contiguous().transpose(2, 3), *g[1:]), "last dimension of queries"),
         ],
@@ -181,6 +183,19 @@ def test_a_function_that_does_something_else_is_kept(
         type(model.model.layers[0].self_attn).forward.__globals__, rotary.NAME, lambda q, k, cos, sin: (q + cos, k)
     )
     assert fuse_rotary(model) == 0
+
+
+def test_weights_go_with_the_last_reference_to_the_model(tmp_path: Path, on_cpu: list[int]) -> None:
+    model = tiny(tmp_path, "qwen3", torch.bfloat16)
+    assert fuse_rotary(model) == 3
+    weight = weakref.ref(model.model.layers[0].self_attn.q_proj.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_tried_where_no_kernel_runs(
