@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from compactor import workspace
 from compactor.errors import CompactorError
-from compactor.kernel_trial import kernel_available, passes
+from compactor.kernel_trial import usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,7 @@ CPU_BLOCK_ELEMENTS = 1 << 21  # score elements held at once on a CPU: 8 MiB, so 
 MPS_BLOCK_ELEMENTS = 1 << 24
 LARGEST_HALF = 6e4  # float16 ends at 65,504
 CUDNN_OPERATIONS = 2e12  # of an attention, from which making cuDNN's plan for its shapes (75 ms) pays in 36 layers
+BEFORE_HOPPER = "it is faster on Hopper GPUs and newer ones only"
 CUDNN_TRIED, CUDNN_TOLERANCE = 128, 0.02  # rows of its trial, and how far it may be from FlashAttention-2
 
 
@@ -103,12 +105,12 @@ def row_blocks(q_len: int, kv_len: int, num_heads: int, device: torch.device) ->
         yield start, min(start + step, q_len)
 
 
-@cache
 def block_elements(device: torch.device) -> int:
-    """Return how many score elements are held at once."""
+    """Return how many score elements are held at once; a bound of the workspace makes them fewer."""
+    usual = CPU_BLOCK_ELEMENTS if device.type == "cpu" else MPS_BLOCK_ELEMENTS
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory * GPU_BLOCK_FRACTION) // 4
-    return CPU_BLOCK_ELEMENTS if device.type == "cpu" else MPS_BLOCK_ELEMENTS
+        usual = int(torch.cuda.get_device_properties(device).total_memory * GPU_BLOCK_FRACTION) // 4
+    return workspace.within(4 * usual, workspace.BLOCK_SHARE) // 4
 
 
 def causal_scores(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -147,30 +149,44 @@ def document_attention(
     *,
     scaling: float,
     max_head_length: int,
+    num_documents: int = 1,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    settled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to ragged kept keys shared by a batch; the Triton kernel on CUDA, its torch twin elsewhere.
 
     query (batch, num_heads, q_len, head_dim); keys, values (num_kept, head_dim); biases (num_kept,) float32; offsets
-    (num_kv_heads + 1,) int32. Returns float32 out (query's shape) and lse (batch, num_heads, q_len).
+    (num_kv_heads + 1,) int32. ``num_documents``, ``scales`` and ``settled`` as in the kernel. Returns float32 out
+    (query's shape) and lse (batch, num_heads, q_len).
     """
-    if kernel_usable("biased_decode", query):
+    name = "biased_decode" if scales is None and num_documents == 1 else "biased_decode_int8"
+    if kernel_usable(name, query):
         from compactor_kernels.biased_decode import biased_decode
 
         out, lse = biased_decode(
-            query.contiguous(), keys, values, biases, offsets, scaling=scaling, max_head_length=max_head_length
+            query.contiguous(),
+            keys,
+            values,
+            biases,
+            offsets,
+            scaling=scaling,
+            max_head_length=max_head_length,
+            num_documents=num_documents,
+            scales=scales,
+            settled=settled,
         )
     else:
         from compactor_kernels.reference import biased_attention_reference
 
-        out, lse = biased_attention_reference(query, keys, values, biases, offsets, scaling=scaling)
+        out, lse = biased_attention_reference(
+            query, keys, values, biases, offsets, scaling=scaling, num_documents=num_documents, scales=scales
+        )
     return out, lse
 
 
 def kernel_usable(name: str, query: torch.Tensor) -> bool:
     """Whether a kernel of `kernel_trial.TRIALS` runs, and runs rightly, for queries like this one."""
-    if not (query.is_cuda and kernel_available(query.device)):
-        return False
-    return passes(name, query.device, query.dtype, query.shape[-1])
+    return usable(name, query.device, query.dtype, query.shape[-1])
 
 
 def dense_attention(
@@ -297,19 +313,25 @@ def _by_cudnn(
 
 @cache
 def cudnn_passes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether cuDNN's attention runs on a device, is worth it (Hopper and newer), and agrees with FlashAttention-2 on
-    small random input; tried once a process."""
+    """Whether cuDNN's attention is used on a device; tried once a process."""
+    return cudnn_failure(device, dtype, head_dim) is None
+
+
+def cudnn_failure(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why cuDNN's attention is not used on a CUDA device; None where it runs, is worth it (Hopper and newer) and
+    agrees with FlashAttention-2 on small random input."""
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
+        return BEFORE_HOPPER
     generator = torch.Generator().manual_seed(0)
     shapes = (2, CUDNN_TRIED, head_dim), (2, 3 * CUDNN_TRIED + 8, head_dim), (2, 3 * CUDNN_TRIED + 8, head_dim)
     query, keys, values = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     given = query, keys, values, head_dim**-0.5
     try:
         pairs = zip(_by_cudnn(*given), _by_flash(*given, causal=False), strict=True)
-        return all(bool((a.float() - b.float()).norm() <= CUDNN_TOLERANCE * b.float().norm()) for a, b in pairs)
-    except (RuntimeError, TypeError):  # built without it, no plan for these shapes, or another PyTorch's arguments
-        return False
+        agrees = all(bool((a.float() - b.float()).norm() <= CUDNN_TOLERANCE * b.float().norm()) for a, b in pairs)
+    except (RuntimeError, TypeError) as error:  # built without it, no plan for these shapes, or other arguments
+        return " ".join(str(error).split())[:100] or type(error).__name__
+    return None if agrees else "it disagrees with FlashAttention-2"
 
 
 def fused_segments(

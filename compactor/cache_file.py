@@ -254,8 +254,8 @@ def load_cache(path: AnyPath, *, device: str | torch.device = "cpu") -> tuple[li
     with _CacheReader(path) as reader:
         reader.map_and_check()
         target = torch.device(device)
-        layers = [reader.layer(index, target) for index in range(reader.metadata.model.num_layers)]
-        return layers, reader.metadata
+        data = reader.data().to(target)  # one copy is faster than one for each tensor
+        return [reader.layer(index, data) for index in range(reader.metadata.model.num_layers)], reader.metadata
 
 
 def verify_cache(path: AnyPath) -> tuple[CacheMetadata, TensorTable]:
@@ -337,21 +337,28 @@ class _CacheReader:
         entry = self.table.entries[name]
         return self.mapped[self.data_begin + entry.begin : self.data_begin + entry.end]
 
-    def layer(self, index: int, device: torch.device) -> LayerCache:
-        """Return one layer; on the CPU its tensors are views of the map."""
-        tensors = {name: self._tensor(f"layers.{index}.{name}").to(device) for name in _TENSOR_NAMES}
+    def data(self) -> torch.Tensor:
+        """Return the bytes of all tensors, (num_bytes,) uint8, a view of the map."""
+        import torch
+
+        most = max((entry.end for entry in self.table.entries.values()), default=0)
+        if not most:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self.map, dtype=torch.uint8, count=most, offset=self.data_begin)
+
+    def layer(self, index: int, data: torch.Tensor) -> LayerCache:
+        """Return one layer; its tensors are views of `data`, wherever that is."""
+        tensors = {name: self._tensor(f"layers.{index}.{name}", data) for name in _TENSOR_NAMES}
         return LayerCache(**tensors, sliding_window=self.metadata.sliding_windows[index])
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str, data: torch.Tensor) -> torch.Tensor:
         import torch
 
         dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32}
         entry = self.table.entries[name]
         if entry.begin == entry.end:
-            return torch.empty(entry.shape, dtype=dtypes[entry.dtype])
-        count, offset = math.prod(entry.shape), self.data_begin + entry.begin
-        flat = torch.frombuffer(self.map, dtype=dtypes[entry.dtype], count=count, offset=offset)
-        return flat.view(entry.shape)
+            return torch.empty(entry.shape, dtype=dtypes[entry.dtype], device=data.device)
+        return data[entry.begin : entry.end].view(dtypes[entry.dtype]).view(entry.shape)
 
 
 def _open_regular_file(path: str) -> BufferedReader:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compactor import certificate
+from compactor import certificate, workspace
 from compactor.attention import block_elements
 from compactor.config import DEFAULT_KEEP_RATIO, OUR_METHODS, SUMMARISING
+from compactor.errors import MemoryShortError
 from compactor.job import fixed_bytes, full_bytes, keeps_everything, num_compacted, prepare, target_total
 from compactor.methods import best, fast, kvzip, method_module, summary_compacted
 from compactor.methods.ours import ERROR_ROUNDS
@@ -26,7 +27,7 @@ from compactor.sampling import rows_at_once
 from compactor.self_study import QUESTION_TOKENS, WHOLE_TOKENS, make_plan
 from compactor.solve.budget import key_bytes
 from compactor.solve.refine import rows_of_step
-from compactor.study import GRAM_BYTES, GRAM_ROWS, GREEDY_CHUNK
+from compactor.study import GRAM_ROWS, GREEDY_CHUNK, held_bytes, row_bytes
 
 if TYPE_CHECKING:
     from compactor.config import CompactSettings
@@ -51,6 +52,7 @@ class Estimate:
     document_tokens: int
     full_bytes: int  # the uncompacted cache, in the storage type
     tensor_bytes: int  # the file without its header
+    workspace_bytes: int  # what the largest step holds beside weights and full cache
     peak_bytes: int  # weights, full cache and workspace
     total_seconds: float
     seconds: dict[str, float] = field(default_factory=dict)
@@ -67,6 +69,7 @@ def estimate(document: Document, loaded: LoadedModel, settings: CompactSettings)
         document_tokens=len(job.document_ids),
         full_bytes=full_bytes(job),
         tensor_bytes=fixed_bytes(job) + kept_bytes,
+        workspace_bytes=workspace_bytes(job),
         peak_bytes=weights + cache + workspace_bytes(job),
         total_seconds=round(sum(seconds.values()), 1),
         seconds={phase: round(value, 1) for phase, value in seconds.items()},
@@ -90,15 +93,24 @@ def workspace_bytes(job: Job) -> int:
     blocks = 3 * 4 * block_elements(loaded.device) + 2 * 4 * num_document * loaded.num_kv_heads * loaded.head_dim
     if keeps_everything(job) or job.settings.method not in OUR_METHODS:
         return blocks
-    per_row = 6 * 4 * loaded.num_heads * loaded.head_dim  # queries, and what attention gives them, of one layer
-    rows = reference_rows(job)
+    per_row, rows = row_bytes(job), reference_rows(job)
     longest = min(num_document, round(4 * kept_per_head(job)))
     fit = rows * per_row + 3 * 8 * longest**2
     if job.settings.method == "fast":
         return blocks + fit
     gram = 4 * loaded.num_kv_heads * num_document * min(GREEDY_CHUNK, num_document)
-    held = max(GREEDY_COPIES * gram, min(GRAM_BYTES, GREEDY_COPIES * num_compacted(loaded) * gram))
+    held = max(GREEDY_COPIES * gram, min(held_bytes(), GREEDY_COPIES * num_compacted(loaded) * gram))
     return blocks + max(fit, min(rows, GRAM_ROWS) * per_row + held)
+
+
+def check_workspace(job: Job) -> None:
+    """Raise MemoryShortError where a bound of the workspace is less than the job needs whatever its parts."""
+    bound = workspace.bound()
+    if bound is not None and (needed := workspace_bytes(job)) > bound:
+        raise MemoryShortError(
+            f"{job.document.name} needs about {needed / 1e9:.2g} GB beside weights and full cache, more than "
+            f"--workspace, {bound / 1e9:.2g} GB; raise it, lower --self-study-tokens, or take --method fast."
+        )
 
 
 def reference_rows(job: Job) -> int:

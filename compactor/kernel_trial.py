@@ -40,6 +40,11 @@ def passes(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
     return reason is None
 
 
+def usable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether kernel ``name`` of `TRIALS` runs on a device, and runs rightly; without a GPU nothing is tried."""
+    return device.type == "cuda" and kernel_available(device) and passes(name, device, dtype, head_dim)
+
+
 def failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Try a kernel; return what is wrong with it, or None."""
     try:
@@ -80,6 +85,21 @@ def _try_biased_decode(device: torch.device, dtype: torch.dtype, head_dim: int) 
     return pairs
 
 
+def _try_biased_decode_int8(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    """Several documents, and keys and values of 8 bits."""
+    from compactor_kernels.biased_decode import biased_decode
+    from compactor_kernels.reference import biased_attention_reference, quantise
+
+    (queries,) = _draw(device, dtype, (4, HEADS * GROUP, 1, head_dim))
+    (keys, key_scales), (values, value_scales) = map(quantise, _draw(device, torch.float32, *[(KEYS, head_dim)] * 2))
+    (biases,) = _draw(device, torch.float32, (KEYS,))
+    offsets = torch.tensor([0, 3, KEYS // 3, KEYS // 2, KEYS], dtype=torch.int32, device=device)
+    given, scales = (queries, keys, values, biases, offsets), (key_scales, value_scales)
+    found = biased_decode(*given, scaling=head_dim**-0.5, max_head_length=KEYS, num_documents=2, scales=scales)
+    expected = biased_attention_reference(*given, scaling=head_dim**-0.5, num_documents=2, scales=scales)
+    return list(zip(found, expected, strict=True))
+
+
 def _try_attention_stats(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
     from compactor_kernels.attention_stats import attention_stats
     from compactor_kernels.reference_stats import attention_stats_reference
@@ -98,10 +118,10 @@ def _try_attention_stats(device: torch.device, dtype: torch.dtype, head_dim: int
     return pairs
 
 
-def _try_refine_gradients(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
-    from compactor_kernels.reference import FitRows, refine_gradients_reference
+def _try_refine_steps(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.reference import FitRows
     from compactor_kernels.reference_steps import begin_steps_reference, take_step_reference
-    from compactor_kernels.refine_gradients import plan_gradients, refine_gradients
+    from compactor_kernels.refine_gradients import plan_gradients
     from compactor_kernels.refine_steps import begin_steps, take_step
 
     (queries,) = _draw(device, dtype, (HEADS, ROWS, head_dim))
@@ -121,9 +141,6 @@ def _try_refine_gradients(device: torch.device, dtype: torch.dtype, head_dim: in
     lengths, scales = [KEYS, KEYS // 3], torch.ones(3, HEADS, device=device)
     scaling = head_dim**-0.5
     plan = plan_gradients(rows, lengths, scales, scaling=scaling)
-    found = refine_gradients(plan, index, keys, biases, values)
-    expected = refine_gradients_reference(rows, index, keys, biases, values, lengths, scales, scaling=scaling)
-    pairs: Pairs = list(zip(found, expected, strict=True))
     # the first step is short: it moves a component whose gradient is nearly 0 one way or the other
     drawn, rates = torch.stack([index, index // 2]), torch.tensor([0.01, 0.3], device=device)
     start = keys, biases, values, scales, drawn, rates, (0.9, 0.95)
@@ -131,6 +148,7 @@ def _try_refine_gradients(device: torch.device, dtype: torch.dtype, head_dim: in
     for _ in rates:
         take_step(plan, steps)
         take_step_reference(rows, lengths, scales, twin, scaling=scaling)
+    pairs: Pairs = list(zip(steps.first, twin.first, strict=True))
     rounded = steps.rounded_keys.float(), steps.scaled_values.float() * plan.out_unit.view(-1, 1, 1)
     for before, here, there in zip(
         (keys, biases, values, keys, values), (*steps.moving, *rounded), (*twin.moving, *twin.moving[::2]), strict=True
@@ -286,13 +304,81 @@ def _try_rotary(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pair
     wide, keys = _draw(device, dtype, (2, ROWS, HEADS * GROUP, head_dim), (2, HEADS, ROWS, head_dim))
     cos, sin = _draw(device, dtype, (1, ROWS, head_dim), (1, ROWS, head_dim))
     given = wide.transpose(1, 2), keys, cos, sin
-    return list(zip(rotate(*given), rotate_reference(*given), strict=True))
+    pairs = list(zip(rotate(*given), rotate_reference(*given), strict=True))
+    norms = tuple(_draw(device, dtype, (2, head_dim))[0])
+    found, expected = (
+        run(*given, norm_weights=(norms[0], norms[1]), epsilon=1e-6) for run in (rotate, rotate_reference)
+    )
+    return [*pairs, *zip(found, expected, strict=True)]
+
+
+def _try_gemv(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    """``head_dim`` is the number of inputs."""
+    from compactor_kernels.gemv import ACTIVATIONS, MAX_ROWS, gated_gemv, gemv
+    from compactor_kernels.reference_gemv import gated_gemv_reference, gemv_reference
+
+    pairs: Pairs = []
+    weights = _draw(device, dtype, (ROWS, head_dim), (ROWS + 3, head_dim), (5, head_dim))
+    biases = _draw(device, dtype, (ROWS,), (ROWS + 3,), (5,))
+    for num_rows in (1, MAX_ROWS):
+        (rows,) = _draw(device, dtype, (num_rows, head_dim))
+        for parts, own in ((1, None), (3, None), (3, biases)):  # as modules call it
+            found, expected = (run(rows, weights[:parts], own) for run in (gemv, gemv_reference))
+            pairs += zip(found, expected, strict=True)
+        for name in ACTIVATIONS:
+            given = rows, weights[0], weights[1][:ROWS]
+            pairs.append((gated_gemv(*given, activation=name), gated_gemv_reference(*given, activation=name)))
+    return pairs
+
+
+def _try_rms_norm(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    """``head_dim`` is the size of a row."""
+    from compactor_kernels.rms_norm import rms_norm
+
+    rows, weight = _draw(device, dtype, (ROWS, head_dim), (head_dim,))
+    (addend,) = _draw(device, dtype, (1 + ROWS, head_dim))
+    total, whole = torch.empty_like(rows), rows + addend[1:]
+    expected, summed = (
+        torch.nn.functional.rms_norm(part.float(), weight.shape, weight.float(), 1e-6) for part in (rows, whole)
+    )
+    found = rms_norm(rows, weight, 1e-6, addend=addend[1:], total=total)
+    return [(rms_norm(rows, weight, 1e-6), expected), (found, summed), (total, whole)]
+
+
+def _try_step_decode(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    from compactor_kernels.biased_decode import attend_splits
+    from compactor_kernels.reference import biased_attention_reference
+    from compactor_kernels.reference_step import step_decode_reference
+    from compactor_kernels.step_decode import step_decode
+
+    pairs: Pairs = []
+    padding = torch.tensor([0, 3, KEYS - 8], device=device)
+    batch, capacity = len(padding), KEYS + 3
+    queries, new, kept = _draw(
+        device, dtype, (batch, HEADS * GROUP, 1, head_dim), (2, batch, HEADS, 1, head_dim), (2, 3 * KEYS, head_dim)
+    )
+    (biases,) = _draw(device, torch.float32, (3 * KEYS,))
+    for lengths in ((KEYS, 2 * KEYS), (0, 3 * KEYS)):
+        offsets = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
+        document, scaling = (queries, *kept, biases, offsets), head_dim**-0.5
+        splits = attend_splits(*document, scaling=scaling, max_head_length=3 * KEYS, keys_per_split=16)
+        merged = biased_attention_reference(*document, scaling=scaling)
+        for end in (KEYS - 7, KEYS + 2):
+            tail_end = torch.tensor([end], device=device)
+            (wide,) = _draw(device, dtype, (2, batch, HEADS, capacity, head_dim))
+            here, there = wide.clone(), wide.clone()
+            at = padding, tail_end
+            found = step_decode(queries, new[0], new[1], here[0], here[1], *at, splits, scaling=scaling)
+            expected = step_decode_reference(queries, new[0], new[1], there[0], there[1], *at, merged, scaling=scaling)
+            pairs += [*zip(found, expected, strict=True), (here, there)]
+    return pairs
 
 
 TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "biased_decode": _try_biased_decode,
+    "biased_decode_int8": _try_biased_decode_int8,
     "attention_stats": _try_attention_stats,
-    "refine_gradients": _try_refine_gradients,
+    "refine_steps": _try_refine_steps,
     "kept_shares": _try_kept_shares,
     "tail_decode": _try_tail_decode,
     "greedy": _try_greedy,
@@ -300,4 +386,7 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "value_targets": _try_value_targets,
     "merge_rows": _try_merge_rows,
     "rotary": _try_rotary,
+    "gemv": _try_gemv,
+    "rms_norm": _try_rms_norm,
+    "step_decode": _try_step_decode,
 }

@@ -100,8 +100,7 @@ def load_model(
 
     Raises ModelError, SettingsError, MismatchError, or MemoryShortError when the weights do not fit.
     """
-    from compactor.norms import fuse_norms
-    from compactor.rotary import fuse_rotary
+    from compactor.fused import fuse
 
     reporter = reporter or SilentReporter()
     source = resolve(name, revision)
@@ -113,8 +112,7 @@ def load_model(
     fetch_weights(source, folder, offline=offline, reporter=reporter)
     with reporter.phase("load model"):
         model = _load_weights(folder, config, place, dtype, source)
-        fuse_norms(model)
-        fuse_rotary(model)
+        fuse(model)
     loaded = wrap_model(model, tokenizer, name=source.name, revision=commit)
     if expected is not None:
         check_identity(expected, loaded.identity())

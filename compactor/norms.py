@@ -1,7 +1,8 @@
-"""Knows which modules of a model are RMS norms that PyTorch computes as one kernel. Knows no other module.
+"""Knows which modules of a model are RMS norms that are computed as one kernel. Knows no other module.
 
 In half precision, transformers writes a norm (Zhang and Sennrich 2019, equation 4) as eight operations, each a pass
-over the activations. A module is given PyTorch's own only if both agree on random input to the rounding of its type.
+over the activations. A module is given PyTorch's own, and for few rows the kernel `rms_norm`, only if they agree with
+it on random input to the rounding of its type.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compactor.kernel_trial import usable
+from compactor.lazy_rows import lazy_norm
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -19,6 +23,7 @@ EPSILON_NAMES = ("variance_epsilon", "eps")  # attributes under which modules ke
 ROWS = 32  # of random input
 ROUNDINGS = 2.0  # units in the last place by which the two may differ
 LEAST = 1e-3  # outputs below count as this large
+FEW_ROWS = 1024  # up to which the Triton kernel normalises
 
 
 def fuse_norms(model: PreTrainedModel) -> int:
@@ -52,8 +57,21 @@ def fused_form(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def rms_norm(hidden_states: torch.Tensor, *, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Return x / sqrt(mean x^2 + epsilon) * weight over the last dimension, in the type of x."""
+    """Return x / sqrt(mean x^2 + epsilon) * weight over the last dimension, in the type of x; of few rows on a GPU when
+    it is needed (`lazy_rows`)."""
+    if hidden_states.numel() <= FEW_ROWS * len(weight) and kernel_takes(hidden_states, weight):
+        from compactor_kernels import rms_norm as kernel
+
+        return lazy_norm(hidden_states, weight, epsilon, kernel.rms_norm)
     return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, epsilon)
+
+
+def kernel_takes(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the Triton kernel normalises these rows: it begins while the kernel before it ends."""
+    alike = hidden_states.dtype == weight.dtype and hidden_states.device == weight.device
+    if not (alike and is_half_on_gpu(weight) and hidden_states.is_contiguous() and not torch.is_grad_enabled()):
+        return False
+    return usable("rms_norm", weight.device, weight.dtype, len(weight))
 
 
 def is_half_on_gpu(weight: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from compactor.config import SUMMARISING, CompactSettings
 from compactor.curves import remove_stale_curves, save_curves
 from compactor.document import Document
 from compactor.errors import FidelityError
+from compactor.estimate import check_workspace
 from compactor.job import Job, full_bytes, num_compacted, prepare, target_total
 from compactor.methods import Compacted, get_method
 from compactor.output import AnyPath
@@ -32,8 +33,10 @@ def compact(
     document: Document, loaded: LoadedModel, settings: CompactSettings, reporter: Reporter | None = None
 ) -> CompactedCache:
     """Compact one document. Raises DocumentError when it does not fit the model's window, SettingsError when the size
-    target is too small for the model, FidelityError when the cache is further from the full one than is required."""
+    target is too small for the model, FidelityError when the cache is further from the full one than is required,
+    MemoryShortError when it needs more than a bound of the workspace (`workspace.bounded`)."""
     job = prepare(document, loaded, settings, reporter)
+    check_workspace(job)
     return compact_prefilled(job, prefill_document(job))
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from compactor.kernel_trial import kernel_available, passes
+from compactor.kernel_trial import usable
+from compactor.lazy_rows import HEADS_FIRST, plain, waiting_norm
 from compactor.norms import is_half_on_gpu
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def fused_form(forward: FunctionType, device: torch.device, dtype: torch.dtype, 
     """Return a forward function of the same code that turns by the kernel; None where the kernel cannot be trusted, or
     does something else than the function that it would replace."""
     original: Rotary = forward.__globals__[NAME]
-    if forward.__closure__ or not (kernel_available(device) and passes("rotary", device, dtype, head_dim)):
+    if forward.__closure__ or not usable("rotary", device, dtype, head_dim):
         return None
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(*TRIED, head_dim, generator=generator).to(device, dtype)
@@ -88,11 +89,18 @@ def by_kernel(
     *,
     original: Rotary,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn by the kernel what it takes, the rest by the function of the model's file."""
+    """Turn by the kernel what it takes, the rest by the function of the model's file; norms of queries and keys that
+    still wait are computed on the way."""
     suits = unsqueeze_dim == 1 and queries.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == queries.shape[-1]
     suits = suits and not cos.shape[-1] % 2 and queries.stride(-1) == keys.stride(-1) == 1
     if not suits or not queries.dtype == keys.dtype == cos.dtype == sin.dtype:
         return original(queries, keys, cos, sin, unsqueeze_dim)
     from compactor_kernels.rotary import rotate
 
-    return rotate(queries, keys, cos.contiguous(), sin.contiguous())
+    angles = cos.contiguous(), sin.contiguous()
+    norms = waiting_norm(queries, swapped=True), waiting_norm(keys, swapped=True)
+    if norms[0] is not None and norms[1] is not None and norms[0].epsilon == norms[1].epsilon:
+        queries, keys = (plain(norm.operands[0]).transpose(*HEADS_FIRST) for norm in norms if norm is not None)
+        weights = norms[0].weight, norms[1].weight
+        return rotate(queries, keys, *angles, norm_weights=weights, epsilon=norms[0].epsilon)
+    return rotate(plain(queries), plain(keys), *angles)

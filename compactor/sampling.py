@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compactor import workspace
 from compactor.reference_queries import stop_token_ids
 from compactor.shared_layers import Sections, SharedLayer
 from compactor.stepping import Pick, answer, greedy
@@ -151,4 +152,5 @@ def rows_at_once(loaded: LoadedModel, length: int) -> int:
     total = CPU_TAIL_BYTES
     if loaded.device.type == "cuda":
         total = int(torch.cuda.get_device_properties(loaded.device).total_memory * GPU_TAIL_FRACTION)
+    total = workspace.within(total, workspace.TAIL_SHARE)
     return max(1, total // (per_token * max(1, length)))

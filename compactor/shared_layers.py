@@ -17,6 +17,7 @@ from compactor.attach import AttendingCacheLayer, dense_heads, window_visibility
 from compactor.types import LayerCache
 
 OVERLAP = 48  # tokens: a passage that begins in a section ends in it
+STEP_ROWS = 8  # sequences of a step up to which every query head reads the tail by itself
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class SharedLayer(AttendingCacheLayer):
         self.tail_end: torch.Tensor | None = None
         self.key_buffer = self.value_buffer = torch.empty(0)
         self.pending = False
+        self.new: tuple[torch.Tensor, torch.Tensor] | None = None  # of a step, until `attend` writes them
         self.sections, self.rows_per_section = sections or Sections(0, 0, 0), rows_per_section
         self.num_section_rows = 0 if self.is_sliding else self.sections.count * rows_per_section
         if sections is not None and self.num_section_rows:
@@ -83,6 +85,9 @@ class SharedLayer(AttendingCacheLayer):
         attention.require_consumed(self.pending, "same layer, previous call")
         self.pending = True
         if self.tail_end is not None:
+            if self._ends_in_one_launch(key_states):
+                self.new = key_states, value_states
+                return attention.tag(self.key_buffer, self), self.value_buffer
             self.key_buffer.index_copy_(2, self.tail_end, key_states)
             self.value_buffer.index_copy_(2, self.tail_end, value_states)
             return attention.tag(self.key_buffer, self), self.value_buffer
@@ -110,6 +115,8 @@ class SharedLayer(AttendingCacheLayer):
         self.pending = False
         if self.is_sliding:
             return self._attend_window(query, key, value, self._visible(query, key), scaling, position_ids)
+        if self.new is not None:
+            return self._end_step(query, scaling)
         document, document_lse = self._attend_shared(query, scaling)
         if attention.kernel_usable("tail_decode", query):
             from compactor_kernels.tail_decode import tail_decode
@@ -126,6 +133,31 @@ class SharedLayer(AttendingCacheLayer):
             ).out
         out, lse = attention.tail_attention(query, key, value, mask=self._visible(query, key), scaling=scaling)
         return attention.merge(document, document_lse, out, lse)[0]
+
+    def _ends_in_one_launch(self, key_states: torch.Tensor) -> bool:
+        """Whether `step_decode` writes the new keys, attends to the tail and merges all parts: for a batch of which
+        every row sees the document, small enough that the heads of a group may each read the tail."""
+        small = len(key_states) <= STEP_ROWS and not self.is_sliding and not self.num_section_rows
+        return small and all(attention.kernel_usable(name, key_states) for name in ("biased_decode", "step_decode"))
+
+    def _end_step(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        from compactor_kernels.biased_decode import attend_splits
+        from compactor_kernels.step_decode import step_decode
+
+        assert self.new is not None and self.tail_end is not None
+        kept, new, self.new = self.document, self.new, None
+        splits = attend_splits(
+            query,
+            kept.keys,
+            kept.values,
+            kept.biases,
+            kept.offsets,
+            scaling=scaling,
+            max_head_length=self.max_head_length,
+            settled=True,
+        )
+        buffers = self.key_buffer, self.value_buffer
+        return step_decode(query, *new, *buffers, self.padding, self.tail_end, splits, scaling=scaling)
 
     def _visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Return bool (batch, 1, q_len, tail_len): what each row sees of its own tail."""

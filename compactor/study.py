@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 
 from compactor import prompt as prompts
+from compactor import workspace
 from compactor.config import OUR_METHODS
 from compactor.job import Job, keeps_everything
 from compactor.packed import Packed, PackedLayer, WindowLayer, groups, pack, run_packed
@@ -27,6 +28,7 @@ from compactor.solve.select import LayerCurves, Selection, greedy_curves, select
 from compactor.types import Advance, LayerCache, Segment
 
 GRAM_ROWS = 65536  # packed rows of one pass; up to here a layer's Gram matrices are gone before the next's begin
+LEAST_ROWS = 512  # the same, however small the workspace
 GRAM_BYTES = 4 << 30  # of Gram matrices held at once where one pass is not enough
 DEEP_TOKENS = 16384  # documents up to here are ordered greedily to the last key
 DEPTH, LEAST_PICKS = 6, 32  # in longer ones: so many times the average count of a chunk, and some more
@@ -203,7 +205,7 @@ def scored_selection(study: Study, segments: list[Segment], weights: dict[str, f
             sums=partial(sums_of, i),
         )
 
-    for batch in groups(segments, GRAM_ROWS):
+    for batch in groups(segments, pass_rows(study)):
         study.run_layers(batch, "select", make)
     own = {i: scores * weights["context"] for i, scores in full.context_scores.items() if "context" in weights}
     return select_keys(
@@ -253,12 +255,12 @@ def greedy_selection(study: Study, segments: list[Segment], weights: dict[str, f
     Context rows take part by the diagonal of the Gram matrices alone: each key's own squared attention.
     """
     full = study.full
-    batches = groups(segments, GRAM_ROWS)
+    batches = groups(segments, pass_rows(study))
     curves: dict[int, LayerCurves] = {}
     if len(batches) == 1:  # a layer is finished before the next begins
         GramPass(study, weights, full.full_layers, curves, num_picks).run(batches)
     else:
-        at_once = max(1, GRAM_BYTES // gram_bytes(study))
+        at_once = max(1, held_bytes() // gram_bytes(study))
         for start in range(0, len(full.full_layers), at_once):
             GramPass(study, weights, full.full_layers[start : start + at_once], curves, num_picks).run(batches)
     norms = {i: float(full.residual_norms[i]) ** -2 for i in full.full_layers}
@@ -266,6 +268,30 @@ def greedy_selection(study: Study, segments: list[Segment], weights: dict[str, f
         torch.stack([curves[i].order.cpu() for i in full.full_layers]),
         torch.stack([(curves[i].gains * norms[i]).cpu() for i in full.full_layers]),
     )
+
+
+def pass_rows(study: Study) -> int:
+    """Return how many packed rows one pass takes."""
+    per_row = row_bytes(study.job)
+    share = workspace.within(GRAM_ROWS * per_row, workspace.PASS_SHARE) // per_row
+    return min(GRAM_ROWS, max(LEAST_ROWS, share))
+
+
+def row_bytes(job: Job) -> int:
+    """Return the bytes that a packed row holds of one layer: queries, what attention gives them, and, before them and
+    after, the widest activations of the model."""
+    loaded = job.loaded
+    attention_bytes = 6 * 4 * loaded.num_heads * loaded.head_dim
+    config = loaded.model.config.get_text_config()
+    widest = max(int(getattr(config, "intermediate_size", 0) or 0), int(config.hidden_size))
+    return max(attention_bytes, 3 * loaded.dtype.itemsize * widest) + 4 * loaded.dtype.itemsize * int(
+        config.hidden_size
+    )
+
+
+def held_bytes() -> int:
+    """Return the bytes of Gram matrices that are held at once where one pass is not enough."""
+    return workspace.within(GRAM_BYTES, workspace.GRAM_SHARE)
 
 
 def gram_bytes(study: Study) -> int:
@@ -334,7 +360,7 @@ class GramPass:
             scores = torch.zeros(1, device=self.sums[i].gram.device)
         add_diagonal(self.sums[i], OWN_SHARE, self.weights.get("context", 0.0) * CONTEXT_SHARE * scores)
         self.finished.append(i)
-        if (len(self.finished) + 1) * gram_bytes(self.study) * 3 > GRAM_BYTES:  # the greedy search holds two more
+        if (len(self.finished) + 1) * gram_bytes(self.study) * 3 > held_bytes():  # the greedy search holds two more
             self.order_keys()
 
     def order_keys(self) -> None:

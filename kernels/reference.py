@@ -50,8 +50,10 @@ def biased_attention_reference(
     offsets: torch.Tensor | Sequence[int],
     *,
     scaling: float,
+    num_documents: int = 1,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> PartialAttention:
-    """Attend to ragged kept keys that all sequences of a batch share; twin of `biased_decode`.
+    """Attend to ragged kept keys that the sequences of a batch share; twin of `biased_decode`.
 
         lse_i = log sum_j exp(scaling q_i.k_j + b_j),   out_i = sum_j exp(scaling q_i.k_j + b_j - lse_i) v_j
 
@@ -60,14 +62,25 @@ def biased_attention_reference(
     biases: (num_kept,), natural logarithm, added to the scaled score (-inf hides a key); offsets:
     (num_kv_heads + 1,) int32, or the same numbers on the host, which saves a device sync. Query head h
     reads KV head h // (num_heads // num_kv_heads). There is no causal mask: the document precedes every
-    query.
+    query. ``num_documents`` and ``scales`` as in the kernel.
 
     Everything is computed and returned in float32, in float64 where the queries are float64.
     """
     batch, num_heads, q_len, head_dim = queries.shape
     bounds = offsets.tolist() if isinstance(offsets, torch.Tensor) else list(offsets)
+    if num_documents > 1:
+        heads = (len(bounds) - 1) // num_documents
+        parts = [
+            biased_attention_reference(
+                own, keys, values, biases, bounds[i * heads : (i + 1) * heads + 1], scaling=scaling, scales=scales
+            )
+            for i, own in enumerate(queries.chunk(num_documents))
+        ]
+        return PartialAttention(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
     num_kv_heads = len(bounds) - 1
     exact = torch.promote_types(queries.dtype, torch.float32)
+    if scales is not None:
+        keys, values = (part.to(exact) * scale.unsqueeze(1) for part, scale in zip((keys, values), scales, strict=True))
     # the rows of a group, for all sequences, share their keys: (num_kv_heads, batch, group, q_len, head_dim)
     grouped = queries.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).transpose(0, 1)
     out = torch.zeros(grouped.shape, dtype=exact, device=queries.device)
@@ -87,6 +100,17 @@ def biased_attention_reference(
         out.transpose(0, 1).reshape(batch, num_heads, q_len, head_dim),
         lse.transpose(0, 1).reshape(batch, num_heads, q_len),
     )
+
+
+def quantise(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return vectors as int8, and the factor of each: symmetric, to the nearest, the largest component 127.
+
+    vectors: (num_kept, head_dim), any floating type. Returns (num_kept, head_dim) int8 and (num_kept,) float32; a
+    component is at most half a factor off. A vector of zeros has factor 1.
+    """
+    largest = vectors.float().abs().amax(-1)
+    scales = torch.where(largest > 0, largest / 127.0, 1.0)
+    return (vectors.float() / scales.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def _attend_head(
@@ -123,7 +147,8 @@ def refine_gradients_reference(
     *,
     scaling: float,
 ) -> Gradients:
-    """Gradients of half the weighted squared error of attention's output on some rows; twin of `refine_gradients`.
+    """Gradients of half the weighted squared error of attention's output on some rows; twin of what
+    the kernels of refine_gradients.py compute.
 
         S_ij = s q_i.k_j + b_j - lse_i,   shift_i = log(exp(near_share_i) + sum_j exp(S_ij))
         P_ij = exp(S_ij - shift_i)

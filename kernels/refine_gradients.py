@@ -1,4 +1,4 @@
-"""Knows the Triton kernels for one step of a layer's refinement. Knows no optimiser and no model.
+"""Knows the Triton kernels for the gradients of a layer's refinement. Knows no optimiser and no model.
 
 For the drawn rows i of a KV head h and its kept keys k_j with biases b_j and values v_j (s is the scaling; what a row
 sees besides is one more key, of fixed score and output):
@@ -11,7 +11,10 @@ These are the gradients of half the sum of w_i ||out'_i - out_i||^2. Scores are 
 2307.08691, algorithms 1 and 2): `_row_errors` runs over the keys of a tile of rows and leaves e_i, shift_i and
 e_i.out'_i; `_key_sums` runs over a slice of the rows of a tile of keys, with scores computed once more; `add_slices`
 adds the slices in a fixed order, so that equal calls give equal bits. Only tiles of keys that exist are visited.
-`refine_steps` adds them where it takes a step.
+Gradients are never written: `refine_steps` adds the slices where it takes a step.
+
+Half-precision queries have shares, values and errors in float16 in products, and dS in their own type; keys are rounded
+to the type of the queries, and all sums are float32. For float32 queries all is float32.
 
 Twin: `reference.refine_gradients_reference`.
 """
@@ -29,7 +32,7 @@ import triton
 import triton.language as tl
 
 from compactor_kernels.biased_decode import INTERPRETED_MULTIPROCESSORS, MAX_HEAD_DIM, Tiles, is_interpreted
-from compactor_kernels.reference import FitRows, Gradients
+from compactor_kernels.reference import FitRows
 
 BLOCKS_PER_MULTIPROCESSOR = 2
 MOST_SLICES = 64
@@ -264,60 +267,6 @@ def add_slices(  # type: ignore[no-untyped-def]
     return key_total * key_scale, bias_total * bias_scale, value_total * value_scale
 
 
-@triton.jit(do_not_specialize=["num_heads", "longest", "num_slices"])
-def _write_gradients(  # type: ignore[no-untyped-def]
-    key_sums,  # as above, down to scales
-    bias_sums,
-    value_sums,
-    lengths,
-    tile_heads,
-    tile_starts,
-    weight_unit,
-    out_unit,
-    scales,
-    by_key,  # (num_heads, longest, HEAD_DIM) fp32
-    by_bias,  # (num_heads, longest) fp32
-    by_value,  # (num_heads, longest, HEAD_DIM) fp32
-    scaling,
-    num_heads,
-    longest,
-    num_slices,
-    HEAD_DIM: tl.constexpr,
-    DIM_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
-    ADDED_KEYS: tl.constexpr,
-    ADDED_SLICES: tl.constexpr,
-):
-    """Write the gradients of a few keys; grid (key tile, part of the tile)."""
-    head, start, in_tile, key_exists = place_keys(lengths, tile_heads, tile_starts, ADDED_KEYS)
-    key_gradient, bias_gradient, value_gradient = add_slices(
-        key_sums,
-        bias_sums,
-        value_sums,
-        weight_unit,
-        out_unit,
-        scales,
-        scaling,
-        num_heads,
-        num_slices,
-        head,
-        in_tile,
-        key_exists,
-        HEAD_DIM,
-        DIM_TILE,
-        KEY_TILE,
-        ADDED_KEYS,
-        ADDED_SLICES,
-    )
-    places = head * longest + start + in_tile
-    dims = tl.arange(0, DIM_TILE)
-    elements = places[:, None] * HEAD_DIM + dims[None, :]
-    in_keys = key_exists[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(by_key + elements, key_gradient, mask=in_keys)
-    tl.store(by_value + elements, value_gradient, mask=in_keys)
-    tl.store(by_bias + places, bias_gradient, mask=key_exists)
-
-
 @dataclass(frozen=True)
 class GradientPlan:
     """What is the same in all steps on the same rows and heads, on their device; made by `plan_gradients`."""
@@ -352,7 +301,7 @@ def plan_gradients(
     scaling: float,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> GradientPlan:
-    """Return what `refine_gradients` needs to know of rows and heads; waits for the device.
+    """Return what the gradients of a step need to know of rows and heads; waits for the device.
 
     rows: queries float32, float16 or bfloat16, the other parts float32, all contiguous; ``lengths``: keys of each head;
     ``scales``: (3, num_heads) float32, what the gradients with respect to keys, biases and values are multiplied by.
@@ -387,57 +336,6 @@ def plan_gradients(
         tile_heads=on_device(heads),
         tile_starts=on_device(starts),
     )
-
-
-def refine_gradients(
-    plan: GradientPlan, index: torch.Tensor, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor
-) -> Gradients:
-    """Return the gradients of half the weighted squared error on some rows; equations in the module.
-
-    index: (num_drawn,) int64, row numbers, repeats counted as often as they come; keys, values: (num_heads, longest,
-    head_dim) float32, head h owns the first ``lengths[h]``, the rest is not read; biases: (num_heads, longest) float32.
-    The numbers in ``index`` stay on the device and are trusted.
-
-    Returns float32 gradients in these shapes, times the plan's ``scales``, 0 where no key is. Keys are rounded to the
-    type of the queries for all products; for half-precision queries shares, values and errors are float16 in products,
-    and dS has the type of the queries; all sums are float32. For float32 queries all is float32. Equal calls give equal
-    bits. Launches on the current stream of the tensors' device without a device sync, so it can be captured in a CUDA
-    graph once the same shapes have been through.
-
-    Raises ValueError when a shape, type, device or memory layout is not as above.
-    """
-    check_moving(plan, keys, biases, values)
-    if index.dim() != 1:
-        raise ValueError(f"index must be (num_drawn,), not {tuple(index.shape)}.")
-    check_tensor("index", index, index.shape, torch.int64, plan.rows.queries.device)
-    gradients = Gradients(torch.zeros_like(keys), torch.zeros_like(biases), torch.zeros_like(values))
-    if len(index) == 0:
-        return gradients
-    rounded_keys, scaled_values = in_types_of_products(plan, keys, values)
-    sums = sum_slices(plan, index.unsqueeze(0), index.new_zeros(1), rounded_keys, biases, scaled_values)
-    num_heads, longest, head_dim = keys.shape
-    with on_device_of(keys):
-        _write_gradients[added_blocks(plan)](
-            *sums,
-            plan.lengths,
-            plan.tile_heads,
-            plan.tile_starts,
-            plan.weight_unit,
-            plan.out_unit,
-            plan.scales,
-            *gradients,
-            plan.scaling,
-            num_heads,
-            longest,
-            len(sums.keys),
-            HEAD_DIM=head_dim,
-            DIM_TILE=plan.sum_tiles.dim_tile,
-            KEY_TILE=plan.sum_tiles.key_tile,
-            ADDED_KEYS=ADDED_KEYS,
-            ADDED_SLICES=ADDED_SLICES,
-            num_warps=4,
-        )
-    return gradients
 
 
 def in_types_of_products(
@@ -649,7 +547,7 @@ def _check_rows(rows: FitRows, lengths: Sequence[int], scales: torch.Tensor) -> 
 
 
 def check_moving(plan: GradientPlan, keys: torch.Tensor, biases: torch.Tensor, values: torch.Tensor) -> None:
-    """Raise ValueError unless keys, biases and values are as `refine_gradients` takes them."""
+    """Raise ValueError unless keys, biases and values are as `refine_steps.begin_steps` takes them."""
     num_heads, _, head_dim = plan.rows.queries.shape
     device = plan.rows.queries.device
     if keys.dim() != 3 or keys.shape[1] < plan.longest:

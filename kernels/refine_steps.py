@@ -233,7 +233,7 @@ def begin_steps(
     keys, values: (num_heads, longest, head_dim) float32, head h owns the first ``lengths[h]``, padding never moves;
     biases: (num_heads, longest) float32; units: (3, num_heads) float32, what a change of 1 moves keys, biases and
     values of a head by; drawn: (steps, num_drawn) int64, the row numbers of all steps, which are trusted; rates:
-    (steps,) float32; all contiguous and on the device of the plan. Gradients are those of `refine_gradients` with the
+    (steps,) float32; all contiguous and on the device of the plan. Gradients are those of refine_gradients.py times the
     plan's ``scales``, which contain the units if they are to be gradients of changes in these units.
 
     Raises ValueError when a shape, type, device or memory layout is not as above, or a beta is not from 0 to 1.

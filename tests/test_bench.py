@@ -51,6 +51,11 @@ def test_warm_up_is_not_timed(clock: Callable[[float], None]) -> None:
     assert (made.median_s, made.runs) == (pytest.approx(2.0), 3)
 
 
+def test_long_work_is_repeated_less_often_but_twice(clock: Callable[[float], None]) -> None:
+    for seconds, runs in ((0.25, 4), (0.9, 2), (5.0, 2), (0.01, 10)):
+        assert measure(lambda: clock(seconds), CPU, repeats=10, longest_s=1.0).runs == runs  # noqa: B023
+
+
 def test_small_calls_are_timed_together_and_divided(clock: Callable[[float], None]) -> None:
     made = measure_small([lambda: clock(1.0), lambda: clock(3.0)], CPU, repeats=4)
     assert made == Timing(pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0), 4)

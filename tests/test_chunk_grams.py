@@ -161,12 +161,8 @@ def test_gram_matrices_of_a_real_pass_are_those_of_the_true_attention(
         monkeypatch.setattr(study, "GRAM_BYTES", 1)
     if batches == "cut rows":
         monkeypatch.setattr(attention, "CPU_BLOCK_ELEMENTS", 700)
-        attention.block_elements.cache_clear()
     seen, kept = watch(lease, monkeypatch), keep_sums(monkeypatch)
-    try:
-        selection = greedy_selection(lease, SEGMENTS, WEIGHTS, CHUNK)
-    finally:
-        attention.block_elements.cache_clear()
+    selection = greedy_selection(lease, SEGMENTS, WEIGHTS, CHUNK)
     assert sorted(kept) == sorted(seen) == [0, 1]
     for index, sums in kept.items():
         assert len(seen[index].packs) == (3 if "several" in batches else 1)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from tiny_models import make_tiny
 
+from compactor import attention
 from compactor.cli import doctor
 from compactor.errors import ModelError
 from compactor.registry import DEFAULT_MODEL, KNOWN_MODELS, find_known
@@ -202,7 +203,8 @@ def test_doctor_reports_this_machine_and_recommends_a_known_model(environment: d
     assert (seen.returncode, report["ok"]) == (0, True)
     findings = {finding["name"]: finding for finding in report["findings"]}
     assert findings["Python"]["value"].startswith(sys.version.split()[0])
-    for name in ("torch", "transformers", "safetensors", "GPU", "attention", "host memory", "CPU cores"):
+    attentions = "attention", "full attention"
+    for name in ("torch", "transformers", "safetensors", "GPU", *attentions, "host memory", "CPU cores"):
         assert findings[name]["state"] in ("ok", "note")
     assert findings["cache folder"]["value"].startswith(str(tmp_path / "cache"))
     assert find_known(report["recommended"]["name"]) is not None
@@ -240,6 +242,30 @@ def test_doctor_says_which_attention_and_why(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(doctor, "_kernel_failures", lambda: {"attention_stats": "it does not compile"})
     finding = doctor._attention()
     assert finding.state == "note" and "attention_stats: it does not compile" in finding.value
+
+
+@pytest.mark.parametrize(
+    ("is_fused", "failure", "state", "told"),
+    [
+        (False, None, "ok", "products in float32, because fused ones need an NVIDIA GPU"),
+        (True, None, "ok", "cuDNN's where it is large, else FlashAttention-2"),
+        (True, attention.BEFORE_HOPPER, "ok", f"FlashAttention-2, because of cuDNN's: {attention.BEFORE_HOPPER}"),
+        (True, "no plan", "note", "FlashAttention-2, because of cuDNN's: no plan"),
+    ],
+)
+def test_doctor_says_which_attention_reads_full_caches_and_why(
+    is_fused: bool, failure: str | None, state: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        assert doctor._full_attention().value.startswith("products in float32, because")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(attention, "fused_available", lambda device: is_fused)
+    monkeypatch.setattr(attention, "cudnn_failure", lambda device, dtype, head_dim: failure)
+    finding = doctor._full_attention()
+    assert finding.state == state and finding.value.startswith(told)
 
 
 def test_an_unwritable_cache_folder_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

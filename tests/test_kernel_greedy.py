@@ -14,6 +14,7 @@ import pytest
 import torch
 from interpreter import assert_passes_interpreted
 
+from compactor import kernel_trial
 from compactor.solve import greedy
 from compactor_kernels.reference_greedy import Picks, greedy_picks_reference
 
@@ -196,8 +197,7 @@ class TestGreedyPicks:
         wide = gram.new_zeros(2, 12, 24)
         wide[..., :12] = gram
         asked: list[str] = []
-        monkeypatch.setattr(greedy, "kernel_available", lambda device: True)
-        monkeypatch.setattr(greedy, "passes", lambda name, *_: not asked.append(name))
+        monkeypatch.setattr(greedy, "usable", lambda name, *_: not asked.append(name))
         if COMPILED:
             assert_same(greedy.forward_ols(wide[..., :12], targets, 7), exact(gram, targets, 7))
             assert asked == ["greedy"]
@@ -263,7 +263,7 @@ def test_kernel_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_a_gpu_the_search_is_the_twin(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(greedy, "passes", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(kernel_trial, "passes", lambda *_: pytest.fail("tried"))
     gram, targets = (part.to(dtype) for part in make_problems(2, 9, 2, device="cpu"))
     found = greedy.forward_ols(gram, targets, 5)
     expected = exact(gram, targets, 5)

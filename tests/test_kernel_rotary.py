@@ -21,7 +21,7 @@ from interpreter import assert_passes_interpreted
 from tiny_models import FAMILIES, make_tiny
 from transformers import AutoModelForCausalLM
 
-from compactor import rotary
+from compactor import kernel_trial, rotary
 from compactor.rotary import fuse_rotary
 from compactor_kernels.reference_rotary import rotate_reference
 
@@ -69,6 +69,30 @@ def textbook(part: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return out
 
 
+def make_norms(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of the norms of queries and of keys."""
+    noise = 0.3 * torch.randn(2, given[0].shape[-1], generator=torch.Generator().manual_seed(6))
+    queries, keys = (1.0 + noise).to(given[0].device, given[0].dtype)
+    return queries, keys
+
+
+def normed(part: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Vectors over the root of their mean square, scaled, in float64; rounded to the type of ``part``."""
+    x = part.double()
+    x = x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
+    return x.to(part.dtype)
+
+
+@pytest.mark.parametrize("head_dim", [2, 64, 80])
+def test_the_twin_normalises_first(head_dim: int) -> None:
+    queries, keys, cos, sin = make_case(head_dim=head_dim, dtype=torch.float64, device="cpu")
+    weights = make_norms((queries, keys, cos, sin))
+    found = rotate_reference(queries, keys, cos, sin, norm_weights=weights, epsilon=0.01)
+    for one, part, weight in zip(found, (queries, keys), weights, strict=True):
+        expected = textbook(normed(part, weight, 0.01), cos, sin)
+        torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("head_dim", [2, 64, 80])
 def test_the_twin_is_the_equation(head_dim: int) -> None:
     queries, keys, cos, sin = make_case(head_dim=head_dim, dtype=torch.float64, device="cpu")
@@ -102,6 +126,53 @@ class TestRotate:
             exact = textbook(part, *given[2:])
             mine, theirs = ((one.double().cpu() - exact).norm() for one in (found, twin))
             assert 0.0 < mine <= 1.01 * theirs
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    @pytest.mark.parametrize("head_dim", [2, 6, 64, 80, 96, 128, 256])
+    def test_it_normalises_first_where_it_is_told(self, head_dim: int, dtype: torch.dtype) -> None:
+        for shape in ((1, 1, 1, 1), (2, 3, 1, 5)):
+            given = make_case(*shape, head_dim, dtype)
+            weights = make_norms(given)
+            for epsilon in (1e-6, 0.5):
+                found = rotate(*given, norm_weights=weights, epsilon=epsilon)
+                for one, part, weight in zip(found, given[:2], weights, strict=True):
+                    assert one.is_contiguous() and one.dtype == dtype and one.shape == part.shape
+                    exact = textbook(normed(part.double(), weight, epsilon), *given[2:])
+                    roundings = 16 if INTERPRETED and dtype == torch.bfloat16 else 4  # there it cuts off instead
+                    tolerance = roundings * torch.finfo(dtype).eps * max(1.0, float(exact.abs().max()))
+                    torch.testing.assert_close(one.double().cpu(), exact, rtol=0.0, atol=tolerance)
+
+    def test_norms_of_large_and_of_no_vectors(self) -> None:
+        given = make_case(dtype=torch.float16)
+        given[0][:, 1] *= 200.0  # squares that float16 does not hold
+        given[1][:, 0] = 0.0
+        weights = make_norms(given)
+        queries, keys = rotate(*given, norm_weights=weights, epsilon=1e-6)
+        assert not keys[:, 0].any() and bool(keys.isfinite().all())
+        exact = textbook(normed(given[0].double(), weights[0], 1e-6), *given[2:])
+        torch.testing.assert_close(queries.double().cpu(), exact, rtol=0.0, atol=0.01)
+
+    def test_equal_calls_give_equal_bits(self) -> None:
+        given = make_case(2, 8, 2, 50, 128, torch.bfloat16)
+        for options in ({}, {"norm_weights": make_norms(given), "epsilon": 1e-6}):
+            assert all(map(torch.equal, rotate(*given, **options), rotate(*given, **options)))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda weights: (weights[0][:63], weights[1]), "query weight must be"),
+            (lambda weights: (weights[0], weights[1][None]), "key weight must be"),
+            (lambda weights: (weights[0], weights[1].repeat(2)[::2]), "key weight must be"),
+            (lambda weights: (weights[0].half(), weights[1]), "query weight must have the type"),
+            (lambda weights: (weights[0], weights[1].to("meta")), "key weight must be on"),
+        ],
+    )
+    def test_bad_norm_weights_are_refused_in_a_sentence(
+        self, change: Callable[[tuple[torch.Tensor, torch.Tensor]], Any], message: str
+    ) -> None:
+        given = make_case()
+        with pytest.raises(ValueError, match=message):
+            rotate(*given, norm_weights=change(make_norms(given)), epsilon=1e-6)
 
     def test_no_rows_give_no_rows(self) -> None:
         queries, keys = rotate(*make_case(rows=0))
@@ -149,14 +220,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     kernels = pytest.importorskip("compactor_kernels.rotary")
 
-    def turn(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def turn(*given: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(1)
-        queries, keys = rotate_reference(*given)
+        queries, keys = rotate_reference(*given, **options)
         return queries.contiguous(), keys.contiguous()
 
     monkeypatch.setattr(kernels, "rotate", turn)
-    monkeypatch.setattr(rotary, "kernel_available", lambda device: True)
-    monkeypatch.setattr(rotary, "passes", lambda *_: True)
+    monkeypatch.setattr(rotary, "usable", lambda *_: True)
     monkeypatch.setattr(rotary, "is_half_on_gpu", lambda weight: weight.dtype in (torch.float16, torch.bfloat16))
     return calls
 
@@ -201,8 +271,8 @@ def test_weights_go_with_the_last_reference_to_the_model(tmp_path: Path, on_cpu:
 def test_nothing_is_tried_where_no_kernel_runs(
     tmp_path: Path, on_cpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rotary, "kernel_available", lambda device: False)
-    monkeypatch.setattr(rotary, "passes", lambda *_: pytest.fail("the kernel was tried"))
+    monkeypatch.setattr(rotary, "usable", kernel_trial.usable)
+    monkeypatch.setattr(kernel_trial, "passes", lambda *_: pytest.fail("the kernel was tried"))
     assert fuse_rotary(tiny(tmp_path, "llama", torch.bfloat16)) == 0
 
 

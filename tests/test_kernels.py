@@ -18,7 +18,7 @@ import torch
 from interpreter import assert_passes_interpreted
 
 from compactor_kernels import reference
-from compactor_kernels.reference import PartialAttention, biased_attention_reference
+from compactor_kernels.reference import PartialAttention, biased_attention_reference, quantise
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,6 +33,7 @@ if INTERPRETED or COMPILED:
         choose_keys_per_split,
         choose_tiles,
         is_interpreted,
+        split_tile,
     )
 
 
@@ -46,6 +47,7 @@ class Case:
     biases: torch.Tensor
     lengths: tuple[int, ...]
     scaling: float
+    num_documents: int = 1
 
     @property
     def offsets(self) -> torch.Tensor:
@@ -53,14 +55,14 @@ class Case:
         return torch.tensor(bounds, dtype=torch.int32, device=self.keys.device)
 
     def kernel(self, **options: int) -> PartialAttention:
-        options = {"max_head_length": max(self.lengths), **options}
+        options = {"max_head_length": max(self.lengths), "num_documents": self.num_documents, **options}
         kept = (self.keys, self.values, self.biases, self.offsets)
         return biased_decode(self.queries, *kept, scaling=self.scaling, **options)
 
     def twin(self, dtype: torch.dtype | None = None) -> PartialAttention:
         queries, keys, values = (x.to(dtype or x.dtype) for x in (self.queries, self.keys, self.values))
         kept = (keys, values, self.biases, self.offsets)
-        return biased_attention_reference(queries, *kept, scaling=self.scaling)
+        return biased_attention_reference(queries, *kept, scaling=self.scaling, num_documents=self.num_documents)
 
 
 def make_case(
@@ -89,6 +91,13 @@ def make_case(
     )
 
 
+def join(documents: list[Case]) -> Case:
+    """Several documents, of equally many heads and sequences, as one case."""
+    parts = (torch.cat([getattr(one, name) for one in documents]) for name in ("queries", "keys", "values", "biases"))
+    lengths = tuple(length for one in documents for length in one.lengths)
+    return Case(*parts, lengths, documents[0].scaling, len(documents))
+
+
 def textbook_attention(case: Case) -> PartialAttention:
     """Attention in float64 by plain softmax, one query at a time, written without the twin's tricks."""
     batch, num_heads, q_len, head_dim = case.queries.shape
@@ -108,6 +117,11 @@ def textbook_attention(case: Case) -> PartialAttention:
                 out[sequence, head, row] = torch.softmax(scores, 0) @ values[kept]
                 lse[sequence, head, row] = torch.logsumexp(scores, 0)
     return PartialAttention(out, lse)
+
+
+def in_8_bits(case: Case) -> dict[str, object]:
+    """Keys and values that lack their scales."""
+    return {"keys": case.keys.to(torch.int8), "values": case.values.to(torch.int8)}
 
 
 def largest(tensor: torch.Tensor) -> float:
@@ -176,6 +190,27 @@ def test_twin_hides_keys_of_bias_minus_infinity() -> None:
     out, lse = case.twin()
     torch.testing.assert_close(out[:, :2], case.values[0].expand(1, 2, 1, -1))
     assert not out[:, 2:].any() and (lse[:, 2:] == -math.inf).all()
+
+
+def test_twin_of_several_documents_is_each_by_itself() -> None:
+    """Documents of unequal lengths, two sequences each; the heads of one follow those of the other."""
+    documents = [make_case(lengths, batch=2, q_len=3, device="cpu") for lengths in ((30, 2), (0, 7), (1, 1))]
+    joined = join(documents)
+    out, lse = joined.twin()
+    torch.testing.assert_close(out, torch.cat([textbook_attention(one).out for one in documents]).float())
+    torch.testing.assert_close(lse, torch.cat([textbook_attention(one).lse for one in documents]).float())
+
+
+def test_vectors_of_8_bits_are_half_a_step_off_at_most() -> None:
+    vectors = (
+        torch.randn(50, 33, generator=torch.Generator().manual_seed(0)).double() * torch.logspace(-6, 3, 50)[:, None]
+    )
+    vectors[7] = 0.0
+    rounded, scales = quantise(vectors)
+    assert rounded.dtype == torch.int8 and scales.dtype == torch.float32 and scales[7] == 1.0
+    assert (rounded.abs().amax(1)[vectors.abs().amax(1) > 0] == 127).all()
+    off = (rounded * scales.double().unsqueeze(1) - vectors).abs()
+    assert (off <= 0.50001 * scales.double().unsqueeze(1)).all()
 
 
 # The kernel
@@ -277,6 +312,60 @@ class TestBiasedDecode:
         torch.testing.assert_close(out, whole.out, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse, whole.lse, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("keys_per_split", [None, 16, 64])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    @pytest.mark.parametrize(("batch", "q_len"), [(1, 1), (2, 1), (3, 11)])
+    def test_sequences_attend_to_their_own_document(
+        self, batch: int, q_len: int, dtype: torch.dtype, keys_per_split: int | None
+    ) -> None:
+        """Each of three documents has ``batch`` sequences; one is 20 times as long as another."""
+        shape = {"batch": batch, "q_len": q_len, "dtype": dtype, "group": 3}
+        case = join([make_case(lengths, **shape) for lengths in ((131, 7), (0, 6), (40, 1))])
+        assert_as_exact_as_twin(case, case.kernel(keys_per_split=keys_per_split))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+    def test_keys_and_values_of_8_bits_are_multiplied_out(self, head_dim: int, dtype: torch.dtype) -> None:
+        """As exact as attention over the rounded numbers in the type of the queries."""
+        for lengths, q_len, documents in (((37, 131), 1, 1), ((90, 0), 3, 2)):
+            case = join([make_case(lengths, head_dim=head_dim, dtype=dtype, q_len=q_len) for _ in range(documents)])
+            case.biases[3:9] = -math.inf
+            (keys, key_scales), (values, value_scales) = quantise(case.keys), quantise(case.values * 30.0)
+            exact = replace(
+                case,
+                queries=case.queries.double(),
+                keys=keys.double() * key_scales.double().unsqueeze(1),
+                values=values.double() * value_scales.double().unsqueeze(1),
+            ).twin()
+            for keys_per_split in (None, 16, 64):
+                found = biased_decode(
+                    case.queries,
+                    keys,
+                    values,
+                    case.biases,
+                    case.offsets,
+                    scaling=case.scaling,
+                    max_head_length=max(lengths),
+                    num_documents=documents,
+                    scales=(key_scales, value_scales),
+                    keys_per_split=keys_per_split,
+                )
+                tolerance = 16 * torch.finfo(torch.float32 if dtype == torch.float32 else dtype).eps
+                torch.testing.assert_close(found.out.double(), exact.out, rtol=tolerance, atol=30.0 * tolerance)
+                torch.testing.assert_close(found.lse.double(), exact.lse, rtol=tolerance, atol=tolerance)
+
+    def test_settled_keys_give_the_same_bits(self) -> None:
+        case = make_case((131, 40), batch=2)
+        given = case.queries, case.keys, case.values, case.biases, case.offsets
+        for keys_per_split in (None, 16):
+            found = biased_decode(
+                *given, scaling=case.scaling, max_head_length=131, keys_per_split=keys_per_split, settled=True
+            )
+            assert torch.equal(found.out, case.kernel(keys_per_split=keys_per_split).out)
+
+    def test_splits_are_merged_a_power_of_two_at_once(self) -> None:
+        assert [split_tile(number) for number in (1, 2, 3, 17, 64, 500)] == [2, 2, 4, 32, 64, 64]
+
     def test_a_wrong_longest_head_loses_no_keys(self) -> None:
         case = make_case((131, 5, 7))
         for max_head_length in (48, 500):
@@ -312,6 +401,13 @@ class TestBiasedDecode:
             (lambda c: {"offsets": c.offsets[:1]}, "offsets must be"),
             (lambda c: {"max_head_length": 4}, "max_head_length=4"),
             (lambda c: {"keys_per_split": 0}, "keys_per_split must be"),
+            (lambda c: {"num_documents": 2}, "multiple of num_documents=2"),
+            (lambda c: {"num_documents": 0}, "multiple of num_documents=0"),
+            (lambda c: {"num_documents": 3, "queries": c.queries.expand(3, -1, -1, -1)}, "3 . num_kv_heads"),
+            (lambda c: {"keys": c.keys.to(torch.int8)}, "keys must have the type of the queries"),
+            (lambda c: {"scales": (c.biases, c.biases)}, "keys must be int8"),
+            (lambda c: {**in_8_bits(c), "scales": (c.biases[1:], c.biases)}, "key scales must be"),
+            (lambda c: {**in_8_bits(c), "scales": (c.biases, c.biases.half())}, "value scales must be"),
         ],
     )
     def test_bad_input_is_refused_in_a_sentence(
@@ -327,16 +423,19 @@ class TestBiasedDecode:
         for head_dim in range(1, 257):
             for num_rows in (1, 16, 17, 64, 4096):
                 for element_bytes in (2, 4):
-                    tiles = choose_tiles(num_rows, head_dim, element_bytes, 101_376)
-                    for size in (tiles.row_tile, tiles.key_tile, tiles.dim_tile):
-                        assert size >= 16 and size & (size - 1) == 0
-                    assert tiles.dim_tile >= head_dim and tiles.num_stages >= 1
+                    for few_keys in (False, True):
+                        tiles = choose_tiles(num_rows, head_dim, element_bytes, 101_376, few_keys=few_keys)
+                        for size in (tiles.row_tile, tiles.key_tile, tiles.dim_tile):
+                            assert size >= 16 and size & (size - 1) == 0
+                        assert tiles.dim_tile >= head_dim and tiles.num_stages >= 1
 
     def test_splits_fill_the_device_once(self) -> None:
         for num_kept, row_tiles in ((0, 1), (1, 1), (9_832, 1), (491_520, 1), (491_520, 40)):
-            length = choose_keys_per_split(num_kept, row_tiles, 64, 132)
-            assert length >= 64 and length % 64 == 0
-            assert num_kept * row_tiles / length <= 2 * 132
+            for heads in (1, 8, 64, 1000):
+                length = choose_keys_per_split(num_kept, heads, row_tiles, 64, 132)
+                assert length >= 64 and length % 64 == 0
+                half_full = min(132, heads * row_tiles / 2)
+                assert num_kept * row_tiles / length + half_full <= 2 * 132
 
     @pytest.mark.skipif(INTERPRETED, reason="large sizes need a GPU")
     @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -61,7 +61,6 @@ class Oracle(ScoreLayer):
 @pytest.mark.parametrize("block", [1 << 21, 4000])
 def test_scores_equal_float64_over_all_rows(lease: Study, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(attention, "CPU_BLOCK_ELEMENTS", block)
-    attention.block_elements.cache_clear()
     full, loaded = lease.full, lease.job.loaded
     sums = {i: KeySums.empty(loaded.num_kv_heads, len(lease.job.document_ids), full.layers[i].keys.shape[-1],
                              torch.device("cpu")) for i in full.full_layers}  # fmt: skip
@@ -84,7 +83,6 @@ def test_scores_equal_float64_over_all_rows(lease: Study, monkeypatch: pytest.Mo
         return made
 
     lease.run_layers(segments, "test", make)
-    attention.block_elements.cache_clear()
     assert len(found) == len(full.full_layers)
     for i, oracle in zip(full.full_layers, found, strict=True):
         got = sums[i].scores(full.layers[i], full.prefix_length)

@@ -223,7 +223,7 @@ def test_kernels_take_half_precision_rows_of_one_part_that_see_all_keys(monkeypa
     none = replace(half, lse=half.lse[:, :, :0])
     assert not refine_module.is_fused([half])  # on a CPU
     monkeypatch.setattr(refine_module.attention, "is_fast", lambda query: query.dtype != torch.float32)
-    monkeypatch.setattr(refine_module.attention, "kernel_usable", lambda name, query: name == "refine_gradients")
+    monkeypatch.setattr(refine_module.attention, "kernel_usable", lambda name, query: name == "refine_steps")
     assert refine_module.is_fused([half]) and refine_module.is_fused([half, none])
     assert not any(refine_module.is_fused(parts) for parts in ([rows], [stops], [half, half], [half, stops]))
 

@@ -1,8 +1,8 @@
 """Knows how to time attention over kept keys beside torch's own. Knows no model.
 
 Calls of a row visit different documents in turn, so that none is found in the cache of the device, as when a model
-visits its layers; those of a row "warm" all read one. The kernel takes one document for all sequences of a call: where
-every sequence has its own, it is called once for each. "Bias mask" is the published way: every head padded to the
+visits its layers; those of a row "warm" all read one. Rows "int8" read keys and values of 8 bits, with a factor for
+each vector; their error is that of the rounding, too. "Bias mask" is the published way: every head padded to the
 longest, biases in a mask, -inf where there is no key.
 
 The work of a row is what the job takes at least, whoever does it: keys, values and biases of every document read once,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -22,16 +23,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from compactor import attention
 from compactor.attach import dense_heads
 from compactor.bench.counting import precision_of
+from compactor.bench.kernel_jobs import CALLS, COLD_MULTIPLE, SMALL_BYTES, cache_bytes
 from compactor.bench.random_model import model_dtype
 from compactor.bench.report import Row, Work
 from compactor.bench.synthetic_cache import CacheMaker, read_bytes
 from compactor.bench.timing import Timing, measure_small
 from compactor.bench.workloads import KernelSettings, ragged_lengths
 from compactor.types import LayerCache, Reporter
-from compactor_kernels.reference import biased_attention_reference
+from compactor_kernels.reference import biased_attention_reference, quantise
 
-COLD_MULTIPLE = 4  # documents visited in turn hold this many times the cache of the device
-CALLS, SMALL_BYTES = 32, 1 << 26  # calls of one graph on a GPU, if each reads less than so many bytes
 PADDED_TO = 16  # keys
 
 Kept = Sequence[LayerCache]  # one document for all sequences of a batch, or one for each
@@ -43,6 +43,8 @@ class Way(NamedTuple):
     name: str
     prepare: Callable[[Kept, int], Any]  # documents and batch size -> what a call reads; not timed
     attend: Callable[[torch.Tensor, Any], torch.Tensor]  # queries (batch, heads, q_len, head_dim) -> outputs
+    is_ours: bool = False
+    is_8_bit: bool = False
 
 
 def rows(settings: KernelSettings, device: torch.device, reporter: Reporter) -> list[Row]:
@@ -82,12 +84,13 @@ class _Bench:
         queries = torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
         sets = self._sets(num_documents)
         exact = biased_attention(exact_attention, queries, sets[0])
-        attend = partial(biased_attention, partial(document_attention, longest=max(self.lengths)))
-        ours = Way(self._our_name(queries, num_documents), lambda kept, _: kept, attend)
+        ours = self._our_name(queries)
+        kernel = Way(ours, joined_documents, attend_documents, is_ours=True)
+        rounded = Way(f"{ours}, int8", rounded_documents, attend_documents, is_ours=True, is_8_bit=True)
         found = []
-        for way in (ours, *((SDPA,) if self.is_full else (PADDED, REPEATED))):
+        for way in (kernel, rounded, *((SDPA,) if self.is_full else (PADDED, REPEATED))):
             try:
-                found += self._time(way, queries, sets, exact, warm=way is ours)
+                found += self._time(way, queries, sets, exact)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as failure:
@@ -107,44 +110,90 @@ class _Bench:
     def _document_bytes(self) -> int:
         return sum(self.lengths) * (2 * self.settings.head_dim * self.dtype.itemsize + (0 if self.is_full else 4))
 
-    def _our_name(self, queries: torch.Tensor, num_documents: int) -> str:
+    def _our_name(self, queries: torch.Tensor) -> str:
         is_kernel = attention.kernel_usable("biased_decode", queries)
-        name = "biased_decode" if is_kernel else "biased_decode, twin"
-        return name if num_documents == 1 else f"{name}, {num_documents} calls"
+        return "biased_decode" if is_kernel else "biased_decode, twin"
 
-    def _time(
-        self, way: Way, queries: torch.Tensor, sets: list[list[LayerCache]], exact: torch.Tensor, *, warm: bool
-    ) -> list[Row]:
+    def _time(self, way: Way, queries: torch.Tensor, sets: list[list[LayerCache]], exact: torch.Tensor) -> list[Row]:
         """Time one way; ``exact``: outputs for the first set, float64."""
         batch, num_documents = len(queries), len(sets[0])
         calls = [partial(way.attend, queries, way.prepare(documents, batch)) for documents in sets]
         error = float((calls[0]().double() - exact).abs().max())
         is_small = self.device.type == "cuda" and num_documents * self._document_bytes() < SMALL_BYTES
         count = max(len(calls), CALLS if is_small else 0)
-        made = [self._row(way.name, queries, sets[0], error, [calls[i % len(calls)] for i in range(count)])]
-        if warm:
-            made.append(self._row(f"{way.name}, warm", queries, sets[0], error, [calls[0]] * count))
+        read = self._read_bytes(sets[0], is_8_bit=way.is_8_bit)
+        made = [self._row(way.name, queries, num_documents, read, error, [calls[i % len(calls)] for i in range(count)])]
+        if way.is_ours and not way.is_8_bit:
+            made.append(self._row(f"{way.name}, warm", queries, num_documents, read, error, [calls[0]] * count))
         return made
 
+    def _read_bytes(self, kept: Kept, *, is_8_bit: bool) -> int:
+        """Return the bytes that a call reads at least, queries and outputs aside."""
+        if not is_8_bit:
+            return read_bytes(kept, with_biases=not self.is_full)
+        vectors = len(kept) * sum(self.lengths)
+        return vectors * (2 * self.settings.head_dim + 8 + (0 if self.is_full else 4))
+
     def _row(
-        self, name: str, queries: torch.Tensor, kept: Kept, error: float, calls: list[Callable[[], torch.Tensor]]
+        self,
+        name: str,
+        queries: torch.Tensor,
+        num_documents: int,
+        read: int,
+        error: float,
+        calls: list[Callable[[], torch.Tensor]],
     ) -> Row:
         settings, batch = self.settings, len(queries)
         timing: Timing = measure_small(calls, self.device, repeats=settings.repeats)
         sizes = {size: getattr(settings, size) for size in ("heads", "kv_heads", "head_dim", "q_len")}
-        sizes |= {"batch": batch, "documents": len(kept), "keys": round(sum(self.lengths) / len(self.lengths))}
+        sizes |= {"batch": batch, "documents": num_documents, "keys": round(sum(self.lengths) / len(self.lengths))}
         rows_per_head = batch * settings.q_len * settings.heads // settings.kv_heads
         work = Work(
             4.0 * rows_per_head * sum(self.lengths) * settings.head_dim,
             precision_of(self.dtype),
-            read_bytes(kept, with_biases=not self.is_full) + 2 * queries.nbytes,
+            read + 2 * queries.nbytes,
         )
         return Row(name, timing, sizes, [work], {"longest_head": max(self.lengths), "max_error": error})
 
 
-def cache_bytes(device: torch.device) -> int:
-    """Return the size of an NVIDIA GPU's L2 cache; 0 elsewhere, where two documents take turns."""
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+class Documents(NamedTuple):
+    """The kept keys of one or several documents as the kernel takes them."""
+
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # keys, values, biases, offsets
+    longest: int  # keys of the longest head
+    number: int  # of documents
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None  # of keys and values in 8 bits
+
+
+def joined_documents(kept: Kept, batch: int) -> Documents:
+    """Return the documents one after another."""
+    lengths = [length for layer in kept for length in layer.head_lengths]
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=kept[0].keys.device)
+    keys, values, biases = (
+        torch.cat([getattr(layer, name) for layer in kept]) if len(kept) > 1 else getattr(kept[0], name)
+        for name in ("keys", "values", "biases")
+    )
+    return Documents((keys, values, biases, offsets), max(lengths), len(kept))
+
+
+def rounded_documents(kept: Kept, batch: int) -> Documents:
+    """Return the same in 8 bits."""
+    whole = joined_documents(kept, batch)
+    (keys, key_scales), (values, value_scales) = map(quantise, whole.parts[:2])
+    return whole._replace(parts=(keys, values, *whole.parts[2:]), scales=(key_scales, value_scales))
+
+
+def attend_documents(queries: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Attend as the program does while it decodes, by the kernel where there is one, elsewhere by its twin."""
+    return attention.document_attention(
+        queries,
+        *documents.parts,
+        scaling=queries.shape[-1] ** -0.5,
+        max_head_length=documents.longest,
+        num_documents=documents.number,
+        scales=documents.scales,
+        settled=True,
+    )[0]
 
 
 def biased_attention(
@@ -154,13 +203,6 @@ def biased_attention(
     if len(kept) == 1:
         return attend(queries, kept[0])
     return torch.cat([attend(own, layer) for own, layer in zip(queries.split(1), kept, strict=True)])
-
-
-def document_attention(queries: torch.Tensor, layer: LayerCache, longest: int) -> torch.Tensor:
-    """Attend as the program does, by the kernel where there is one, elsewhere by its twin; ``longest``: keys of the
-    longest head, known beforehand."""
-    parts, scaling = (layer.keys, layer.values, layer.biases, layer.offsets), queries.shape[-1] ** -0.5
-    return attention.document_attention(queries, *parts, scaling=scaling, max_head_length=longest)[0]
 
 
 def exact_attention(queries: torch.Tensor, layer: LayerCache) -> torch.Tensor:

@@ -36,6 +36,7 @@ from compactor.solve.refine import rows_of_step
 from compactor.stepping import Pick
 from compactor.study import Study, picks_per_chunk, prefill_document
 from compactor.types import Advance, LayerCache, Reporter, Segment
+from compactor.workspace import bounded
 
 PLAIN, OTHER, MODEL = "plain prefill", "other", "model"
 STAGES = {"prefill": "prefill, context scores", "ask": "self-study"}  # what a step of a job is called here
@@ -194,7 +195,7 @@ def compact_once(settings: CompactBenchSettings, loaded: LoadedModel, ids: list[
         done = MeasuredStudy(job, prefill_document(job))
         return done, compact_study(done, target_total(job)).layers
 
-    with clocked(clock), noting_questions(asked):
+    with clocked(clock), noting_questions(asked), bounded(settings.workspace):
         (done, layers), elapsed_s = timed(compact, loaded.device)
     return Run(
         elapsed_s,

@@ -28,13 +28,14 @@ from compactor.bench.shapes import SHAPES
 from compactor.bench.synthetic_cache import CacheMaker, read_bytes
 from compactor.bench.timing import Timing, synchronize
 from compactor.bench.workloads import DecodeBenchSettings, ragged_lengths
+from compactor.fused import fuse
 from compactor.stepping import AHEAD, WARM_STEPS, document_layers, greedy, stream
 from compactor.types import LayerCache, Reporter
 
 if TYPE_CHECKING:
     from compactor.model import LoadedModel
 
-COMPACTED, FULL, GENERATE = "compacted cache", "full cache", "generate, full cache"
+COMPACTED, FULL, GENERATE = WAYS = "compacted cache", "full cache", "generate, full cache"
 SETTLED = WARM_STEPS + 2 + AHEAD  # tokens until steps have fixed shapes, and are replayed where that can be
 
 Answer = Callable[[Sequence[list[int]]], list[float]]  # questions -> seconds until each token of the answers
@@ -66,14 +67,15 @@ def bench_decode(settings: DecodeBenchSettings, device: torch.device, reporter: 
     ceilings = measure_ceilings(device)
     total = settings.tokens + settings.question + settings.new_tokens
     with reporter.phase(f"make {settings.shape}"):
-        loaded = make_random_model(settings.shape, device, seed=settings.seed, tokens=total)
+        loaded = make_random_model(settings.shape, device, seed=settings.seed, tokens=total, fused=False)
     maker = CacheMaker(settings.tokens, 0, loaded.head_dim, loaded.dtype, device, settings.seed)
     bench = _Bench(settings, loaded, reporter)
-    kept = [maker.kept(lengths) for _ in range(loaded.num_layers)]
-    answered = bench.ours(COMPACTED, kept, read_bytes(kept))
     full = [maker.full(num_kv_heads) for _ in range(loaded.num_layers)]
+    answered = bench.generated(full)  # by the model as transformers has it
+    fuse(loaded.model)
     answered += bench.ours(FULL, full, read_bytes(full, with_biases=False))
-    answered += bench.generated(full)
+    kept = [maker.kept(lengths) for _ in range(loaded.num_layers)]
+    answered += bench.ours(COMPACTED, kept, read_bytes(kept))
     dtype = str(loaded.dtype).removeprefix("torch.")
     rows = rows_of(answered, ModelCounts.of(loaded), settings, precision_of(loaded.dtype), ceilings)
     return Report("decode", describe_machine(device), ceilings, {**settings.to_json(), "dtype": dtype}, rows)
@@ -208,7 +210,8 @@ def rows_of(
     rates = {(one.way, one.batch): one.batch / one.step.median_s for one in answered}
     weights_s = counts.step_bytes / ceilings.copy_bytes_per_s
     rows = []
-    for one in sorted(answered, key=lambda one: one.batch):
+    order = {way: number for number, way in enumerate(WAYS)}
+    for one in sorted(answered, key=lambda one: (one.batch, order.get(one.way, len(order)))):
         rate, step, whole = rates[one.way, one.batch], one.step, statistics.median(run[-1] for run in one.runs)
         others = {"times_full": (FULL, one.batch), "times_generate": (GENERATE, one.batch), "times_alone": (one.way, 1)}
         figures = {

@@ -13,10 +13,9 @@ import torch
 
 from compactor.bench.shapes import SHAPES
 from compactor.certificate import FIXED_QUESTIONS, SECTION_PROMPT
+from compactor.fused import fuse
 from compactor.model import LoadedModel, wrap_model
-from compactor.norms import fuse_norms
 from compactor.reference_queries import REPEAT_FIRST, REPEAT_LATER
-from compactor.rotary import fuse_rotary
 from compactor.self_study import PASSAGE_PROMPT, WHOLE_PROMPTS
 
 if TYPE_CHECKING:
@@ -47,8 +46,9 @@ def model_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def make_random_model(name: str, device: torch.device, *, seed: int, tokens: int) -> LoadedModel:
-    """Return a model of the shape ``name`` with a window of at least ``tokens`` and `ROOM` more.
+def make_random_model(name: str, device: torch.device, *, seed: int, tokens: int, fused: bool = True) -> LoadedModel:
+    """Return a model of the shape ``name`` with a window of at least ``tokens`` and `ROOM` more; ``fused``: with the
+    kernels that a loaded model is given.
 
     A window that is larger than the published one changes no cost: these follow the tokens that there are.
     """
@@ -67,8 +67,8 @@ def make_random_model(name: str, device: torch.device, *, seed: int, tokens: int
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=model_dtype(device))
     for block in model.get_decoder().layers:
         sharpen(block.self_attn, config.initializer_range * config.hidden_size**0.5)
-    fuse_norms(model)  # like a model that is loaded
-    fuse_rotary(model)
+    if fused:
+        fuse(model)
     return wrap_model(model, tokenizer, name=f"random {name}")
 
 

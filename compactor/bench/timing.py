@@ -18,6 +18,7 @@ Result = TypeVar("Result")
 Call = Callable[[], object]
 
 REPEATS, WARMUP = 10, 3
+LEAST_REPEATS = 2  # whatever they take
 GRAPH_REPLAYS = 30
 
 
@@ -39,14 +40,28 @@ class Timing:
         return cls(statistics.median(times_s), deciles[0], deciles[-1], len(times_s))
 
 
-def measure(run: Call, device: torch.device, *, repeats: int = REPEATS, warmup: int = WARMUP) -> Timing:
-    """Time ``run``: by CUDA events on an NVIDIA GPU, elsewhere by the clock, the device synchronised at both ends."""
+def measure(
+    run: Call, device: torch.device, *, repeats: int = REPEATS, warmup: int = WARMUP, longest_s: float | None = None
+) -> Timing:
+    """Time ``run``: by CUDA events on an NVIDIA GPU, elsewhere by the clock, the device synchronised at both ends.
+
+    ``longest_s``: the repeats end when they have taken so long together, after two at least.
+    """
     for _ in range(warmup):
         run()
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return Timing.of([_event_seconds(run) for _ in range(repeats)])
-    return Timing.of([timed(run, device)[1] for _ in range(repeats)])
+            return Timing.of(_repeated(lambda: _event_seconds(run), repeats, longest_s))
+    return Timing.of(_repeated(lambda: timed(run, device)[1], repeats, longest_s))
+
+
+def _repeated(seconds: Callable[[], float], repeats: int, longest_s: float | None) -> list[float]:
+    times: list[float] = []
+    while len(times) < repeats:
+        times.append(seconds())
+        if longest_s is not None and len(times) >= LEAST_REPEATS and sum(times) >= longest_s:
+            break
+    return times
 
 
 def measure_small(calls: Sequence[Call], device: torch.device, *, repeats: int = GRAPH_REPLAYS) -> Timing:

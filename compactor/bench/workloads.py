@@ -16,12 +16,31 @@ from compactor.errors import SettingsError
 GPU_SHAPE, SMALL_SHAPE = "qwen3-4b", "tiny"
 SMALL_TOKENS = 1024
 GPU_KEYS, SMALL_KEYS = 61_440, 2048
+GPU_ROWS, SMALL_ROWS = 8192, 128
+GPU_HIDDEN, SMALL_HIDDEN = 2560, 256
 KEPT_AT_50X = 0.02
 LEAST_NEW_TOKENS = 16  # the first few take part in no rate: shapes are fixed and a step is captured
 
 # The rows of a kernel come from ``rows(settings, device, reporter)`` of its module: another kernel is a module and a
 # line here.
-KERNELS = {"biased_decode": "compactor.bench.biased_decode_rows"}
+KERNELS = {
+    name: f"compactor.bench.{name}_rows"
+    for name in (
+        "biased_decode",
+        "tail_decode",
+        "rotary",
+        "attention_stats",
+        "merge_rows",
+        "kept_shares",
+        "gram",
+        "value_targets",
+        "greedy",
+        "refine_steps",
+        "step_decode",
+        "gemv",
+        "rms_norm",
+    )
+}
 
 
 def check_least(settings: object, limits: dict[str, int | float]) -> None:
@@ -60,6 +79,8 @@ class KernelSettings:
     kernels: tuple[str, ...] = tuple(KERNELS)
     keys: int | None = None  # of a head in the full cache
     keep: int | None = None  # of a head in the compacted one, on average; None is a fiftieth
+    rows: int | None = None  # of a query head, where there are many
+    hidden: int | None = None  # numbers that a layer hands to the next for each token
     spread: float = 20.0  # the longest head's keys over the shortest one's
     heads: int = 32  # query heads
     kv_heads: int = 8
@@ -70,8 +91,8 @@ class KernelSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_least(self, {"keys": 1, "keep": 1, "spread": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "q_len": 1,
-                           "repeats": 1})  # fmt: skip
+        check_least(self, {"keys": 1, "keep": 1, "rows": 1, "hidden": 1, "spread": 1, "heads": 1, "kv_heads": 1,
+                           "head_dim": 8, "q_len": 1, "repeats": 1})  # fmt: skip
         check_seed(self.seed)
         unknown = [name for name in self.kernels if name not in KERNELS]
         if unknown or not self.kernels:
@@ -87,7 +108,9 @@ class KernelSettings:
     def on(self, device_type: str) -> Self:
         """Return the settings with the sizes of a device in place of those left out."""
         keys = self.keys or max(GPU_KEYS if device_type == "cuda" else SMALL_KEYS, self.keep or 0)
-        return replace(self, keys=keys, keep=self.keep or max(1, round(KEPT_AT_50X * keys)))
+        rows = self.rows or (GPU_ROWS if device_type == "cuda" else SMALL_ROWS)
+        hidden = self.hidden or (GPU_HIDDEN if device_type == "cuda" else SMALL_HIDDEN)
+        return replace(self, keys=keys, keep=self.keep or max(1, round(KEPT_AT_50X * keys)), rows=rows, hidden=hidden)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
@@ -144,6 +167,7 @@ class CompactBenchSettings(ModelSettings):
 
     method: str = "balanced"
     certify: bool = False
+    workspace: int | None = None  # bytes
 
     gpu_tokens: ClassVar[int] = 32_768
 

@@ -13,7 +13,18 @@ import typer
 
 from compactor import console
 from compactor.cli.failures import DEBUG_VARIABLE, failure_of
-from compactor.cli.options import Device, Dtype, Json, Model, Offline, Quiet, Revision, with_settings
+from compactor.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Offline,
+    Quiet,
+    Revision,
+    Workspace,
+    with_settings,
+    workspace_bytes,
+)
 from compactor.cli.units import show_bytes, show_seconds
 from compactor.config import CompactSettings
 from compactor.errors import BatchError
@@ -66,6 +77,7 @@ def batch_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offline: Offline = False,
+    workspace: Workspace = None,
     force: Annotated[
         bool,
         typer.Option("-f", "--force", help="Compact unchanged documents again; replace any existing file."),
@@ -86,7 +98,9 @@ def batch_command(
     from compactor.batch.manifest import MANIFEST_NAME, Manifest
     from compactor.batch.runner import find_jobs, open_manifest
     from compactor.budget_profile import load_profile
+    from compactor.workspace import bounded
 
+    most = workspace_bytes(workspace)
     if settings.budget is not None:
         load_profile(settings.budget)
     out = Path(output)
@@ -99,7 +113,8 @@ def batch_command(
     loaded = load_model(model, revision=revision, device=device, dtype=dtype, offline=offline, reporter=reporter)
     if dry_run:
         _plan(batch, manifest, loaded, settings, force=force, json=json)
-    else:
+        return
+    with bounded(most):
         _run(batch, manifest, loaded, settings, reporter, force=force, fail_fast=fail_fast, json=json)
 
 

@@ -21,7 +21,7 @@ from compactor.bench.workloads import (
     parse_batches,
 )
 from compactor.cli.failures import memory_remedy
-from compactor.cli.options import Json, Quiet, split_list
+from compactor.cli.options import Json, Quiet, Workspace, split_list, workspace_bytes
 from compactor.cli.units import show_bytes
 from compactor.config import OUR_METHODS
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SOLVER_DEFAULTS = SolverSettings()
 KERNEL_DEFAULTS, COMPACT_DEFAULTS = KernelSettings(), CompactBenchSettings()
 DECODE_DEFAULTS, LOAD_DEFAULTS = DecodeBenchSettings(), LoadSettings()
+MOST_SIZES = 4  # columns of sizes; more of them share one
 FILE_WIDTH = 160  # of a table that goes to a file or to another program
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -145,6 +146,13 @@ def kernels(
     keep: Annotated[
         int | None, typer.Option("--keep", metavar="N", help="Keys kept per head, on average; without it a fiftieth.")
     ] = KERNEL_DEFAULTS.keep,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", metavar="N", help="Rows of a query head, of many; without it as the device allows."),
+    ] = KERNEL_DEFAULTS.rows,
+    hidden: Annotated[
+        int | None, typer.Option("--hidden", metavar="N", help="Width of a layer; without it as the device allows.")
+    ] = KERNEL_DEFAULTS.hidden,
     spread: Spread = KERNEL_DEFAULTS.spread,
     heads: Annotated[int, typer.Option("--heads", metavar="N", help="Query heads.")] = KERNEL_DEFAULTS.heads,
     kv_heads: Annotated[int, typer.Option("--kv-heads", metavar="N", help="KV heads.")] = KERNEL_DEFAULTS.kv_heads,
@@ -164,15 +172,23 @@ def kernels(
     """Time the kernels beside what torch offers for the same work.
 
     `biased_decode`, over kept keys (ragged, with biases) and over all keys, with one document for the whole batch and
-    with one for each sequence, which takes it a call each. Beside it torch's scaled_dot_product_attention: over the
-    full cache; over heads padded to the longest, biases in a mask; and with keys repeated for every query head. On an
-    NVIDIA GPU calls are replayed as one CUDA graph and visit different documents in turn, so that none is found in the
-    L2 cache; rows "warm" read one again and again. Without a GPU the kernel's twin in torch takes its place.
+    with one for each sequence, and with keys and values of 8 bits. Beside it torch's scaled_dot_product_attention: over
+    the full cache; over heads padded to the longest, biases in a mask; and with keys repeated for every query head. On
+    an NVIDIA GPU calls are replayed as one CUDA graph and visit different documents in turn, so that none is found in
+    the L2 cache; rows "warm" read one again and again. Without a GPU the kernel's twin in torch takes its place.
+
+    The others have their twins beside them, and stand alone for them without a GPU: `tail_decode` and `rotary` for new
+    tokens; `attention_stats`, with and without limits, and `merge_rows` for the passes over reference rows;
+    `kept_shares`, `gram`, `value_targets` and `greedy` for selection and least squares; `refine_steps`, a step;
+    `step_decode`, `gemv` and `rms_norm` for a step of decoding, `gemv` of one and two rows beside torch's own products.
+    Errors are relative to float64, of a part of the result.
     """
     settings = KernelSettings(
         kernels=split_list(names),
         keys=keys,
         keep=keep,
+        rows=rows,
+        hidden=hidden,
         spread=spread,
         heads=heads,
         kv_heads=kv_heads,
@@ -185,7 +201,7 @@ def kernels(
     from compactor.bench.kernels import bench_kernels
     from compactor.model import pick_device
 
-    with memory_remedy("lower --keys or --batch"):
+    with memory_remedy("lower --keys, --rows or --batch"):
         report = bench_kernels(settings, pick_device(device), console.ConsoleReporter(quiet=quiet))
     show_report(report, json=json)
 
@@ -201,6 +217,7 @@ def compact(
     certify: Annotated[
         bool, typer.Option("--certify/--no-certify", help="Make the certificate too.")
     ] = COMPACT_DEFAULTS.certify,
+    workspace: Workspace = None,
     repeats: Repeats = COMPACT_DEFAULTS.repeats,
     seed: Seed = COMPACT_DEFAULTS.seed,
     device: Device = "auto",
@@ -215,7 +232,14 @@ def compact(
     memory, what of it is neither weights nor full cache, and how many full caches it is beyond the weights.
     """
     settings = CompactBenchSettings(
-        shape=shape, tokens=tokens, keep=keep, method=method, certify=certify, repeats=repeats, seed=seed
+        shape=shape,
+        tokens=tokens,
+        keep=keep,
+        method=method,
+        certify=certify,
+        workspace=workspace_bytes(workspace),
+        repeats=repeats,
+        seed=seed,
     )
     from compactor.bench.compacting import bench_compact
     from compactor.model import pick_device
@@ -354,7 +378,7 @@ def show_sizes(sizes: dict[str, int]) -> str:
 
 def _times(report: Report, shared: dict[str, int]) -> Any:
     sizes = _own_sizes(report.rows, shared)
-    table = _table("", *("" for _ in sizes), "median", "10% .. 90%", "operations", "bytes", "of ceiling")
+    table = _table("", *_size_titles(sizes), "median", "10% .. 90%", "operations", "bytes", "of ceiling")
     depths: dict[str | None, int] = {None: -1}
     for row in report.rows:
         counted = row.to_json(report.ceilings)
@@ -379,7 +403,7 @@ def _figures(report: Report, shared: dict[str, int]) -> Any:
         return None
     unique = len({row.name for row in rows}) == len(rows)
     sizes = [] if unique else _own_sizes(rows, shared)  # they tell rows of one name apart
-    table = _table("", *("" for _ in sizes), *map(_figure_title, names))
+    table = _table("", *_size_titles(sizes), *map(_figure_title, names))
     for row in rows:
         figures = (_figure(name, row.figures[name]) if name in row.figures else "-" for name in names)
         table.add_row(row.name, *_size_cells(row, sizes), *figures)
@@ -390,7 +414,13 @@ def _own_sizes(rows: Sequence[Row], shared: dict[str, int]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.sizes if name not in shared))
 
 
+def _size_titles(sizes: list[str]) -> list[str]:
+    return [""] * len(sizes) if len(sizes) <= MOST_SIZES else [""]
+
+
 def _size_cells(row: Row, sizes: list[str]) -> list[str]:
+    if len(sizes) > MOST_SIZES:
+        return [show_sizes({name: row.sizes[name] for name in sizes if name in row.sizes})]
     return [show_sizes({name: row.sizes[name]}) if name in row.sizes else "" for name in sizes]
 
 

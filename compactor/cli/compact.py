@@ -10,7 +10,18 @@ import typer
 
 from compactor import console
 from compactor.cli.inspect import show_fidelity
-from compactor.cli.options import Device, Dtype, Json, Model, Offline, Quiet, Revision, with_settings
+from compactor.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Offline,
+    Quiet,
+    Revision,
+    Workspace,
+    with_settings,
+    workspace_bytes,
+)
 from compactor.cli.units import show_bytes, show_factor, show_fields, show_number, show_seconds
 from compactor.config import CompactSettings
 from compactor.errors import SettingsError
@@ -41,6 +52,7 @@ def compact_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offline: Offline = False,
+    workspace: Workspace = None,
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing file.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the time and memory that it would take; write nothing.")
@@ -52,7 +64,7 @@ def compact_command(
 
     Give at most one of --keep-ratio, --target-tokens, --max-bytes and --max-error.
     """
-    path: str | Path | None = None
+    path, most = None, workspace_bytes(workspace)
     if not dry_run:  # as it was given: Path would drop the slash that tells a folder
         path = default_output(document) if output is None else output
     reporter = console.ConsoleReporter(quiet=quiet)
@@ -60,6 +72,7 @@ def compact_command(
         from compactor.budget_profile import load_profile
         from compactor.document import read_document
         from compactor.output import check_output
+        from compactor.workspace import bounded
 
         if path is not None:
             check_output(path, force)
@@ -74,11 +87,12 @@ def compact_command(
         from compactor.model import load_model
 
         loaded = load_model(model, revision=revision, device=device, dtype=dtype, offline=offline, reporter=reporter)
-        if path is None:
-            expected = asdict(estimate(text, loaded, settings))
-            console.answer_json(expected) if json else console.answer(show_estimate(expected))
-            return
-        cache = pipeline.compact(text, loaded, settings, reporter)
+        with bounded(most):
+            if path is None:
+                expected = asdict(estimate(text, loaded, settings))
+                console.answer_json(expected) if json else console.answer(show_estimate(expected))
+                return
+            cache = pipeline.compact(text, loaded, settings, reporter)
         sizes = cache.save(path, force=force)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or "interrupted; nothing was written") from None

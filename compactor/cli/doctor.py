@@ -73,6 +73,7 @@ def _findings() -> Iterator[Finding]:
     yield from (_library(name, "note") for name in CONVERSION)
     yield _gpu()
     yield _attention()
+    yield _full_attention()
     total, available = host_memory()
     yield Finding("host memory", f"{show_bytes(total)}, {show_bytes(available)} available")
     yield Finding("CPU cores", str(usable_cores()))
@@ -158,6 +159,24 @@ def _kernel_failures() -> dict[str, str]:
         return dict.fromkeys(TRIALS, "the GPU is older than Ampere")
     found = {name: failure(name, device, torch.bfloat16, 128) for name in TRIALS}
     return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _full_attention() -> Finding:
+    """Say which attention reads full caches of half precision here, and why."""
+    with suppress(Exception):  # a missing or broken torch has its own line
+        import torch
+
+        from compactor import attention
+
+        if torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+            if attention.fused_available(device):
+                reason = attention.cudnn_failure(device, torch.bfloat16, 128)
+                if reason is None:
+                    return Finding("full attention", "cuDNN's where it is large, else FlashAttention-2")
+                state = "ok" if reason == attention.BEFORE_HOPPER else "note"
+                return Finding("full attention", f"FlashAttention-2, because of cuDNN's: {reason}", state)
+    return Finding("full attention", "products in float32, because fused ones need an NVIDIA GPU, Ampere or newer")
 
 
 def _cache_folder() -> Finding:

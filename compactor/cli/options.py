@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from compactor.config import CACHE_DTYPES, METHODS, QUERY_SOURCES, CompactSettings, DecodeSettings
+from compactor.errors import SettingsError
+from compactor.workspace import LEAST_BYTES
 
 COMPACT_DEFAULTS = CompactSettings()
 DECODE_DEFAULTS = DecodeSettings()
@@ -191,6 +193,17 @@ SETTINGS = {  # by field of CompactSettings, in the order of the help
     "grow": Grow,
 }
 
+# What it may take.
+Workspace = Annotated[
+    float | None,
+    typer.Option(
+        "--workspace",
+        metavar="GB",
+        help="Gigabytes that may be taken beside weights and full cache: less is done at once, and takes longer. "
+        "Without it what suits the device.",
+    ),
+]
+
 # What is printed.
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -217,6 +230,15 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [part for one in own.parameters.values() for part in (options if one.name == "settings" else [one])]
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
+
+
+def workspace_bytes(gigabytes: float | None) -> int | None:
+    """Return the bytes of a bound. Raises SettingsError for what is no size."""
+    if gigabytes is None:
+        return None
+    if not LEAST_BYTES / 1e9 <= gigabytes < float("inf"):
+        raise SettingsError(f"--workspace is {gigabytes:g}; give gigabytes, at least {LEAST_BYTES / 1e9:.2g}.")
+    return round(gigabytes * 1e9)
 
 
 def split_list(text: str | None) -> tuple[str, ...]:

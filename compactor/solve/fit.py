@@ -542,18 +542,14 @@ def value_halves(
     from compactor_kernels.value_targets import value_targets
 
     out, near = rows.whole.out, rows.whole.near
-    heads = chosen = None
+    heads = None
     if isinstance(rows.heads, slice):
         out, near = out[rows.heads], near[rows.heads]
     else:
         heads = rows.heads
-    if isinstance(rows.chosen, slice):
-        out, near = out[:, :, rows.chosen], near[:, :, rows.chosen]
-    else:
-        chosen = rows.chosen.contiguous()
-    found = value_targets(
-        product, out, near, near_weights.contiguous(), rows.root_weights.contiguous(), units, heads=heads, rows=chosen
-    )
+    assert not isinstance(rows.chosen, slice)  # fitted or held out
+    weights = near_weights.contiguous(), rows.root_weights.contiguous()
+    found = value_targets(product, out, near, *weights, units, heads=heads, rows=rows.chosen.contiguous())
     return found.halves, found.energy
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from compactor.attention import half_product
-from compactor.kernel_trial import kernel_available, passes
+from compactor.kernel_trial import usable
 from compactor_kernels.reference_targets import SECOND_HALF
 
 LEAF = 256  # columns below which splitting a symmetric product no longer pays
@@ -118,7 +118,7 @@ def times_halves(rows: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
 
 def kernel_runs(rows: torch.Tensor) -> bool:
     """Whether the kernel of Gram matrices runs, and runs rightly, for float16 rows on this device."""
-    return rows.is_cuda and kernel_available(rows.device) and passes("gram", rows.device, torch.float16, TRIED_COLUMNS)
+    return usable("gram", rows.device, torch.float16, TRIED_COLUMNS)
 
 
 def sum_dtype(rows: torch.Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from compactor.kernel_trial import kernel_available, passes
+from compactor.kernel_trial import usable
 from compactor_kernels.reference_greedy import Picks, greedy_picks_reference
 
 REDUNDANT = 1e-5  # of a column's own energy: below it the column is a combination of those already taken
@@ -39,11 +39,11 @@ def forward_ols(gram: torch.Tensor, targets: torch.Tensor, num_picks: int, stop:
 
 def _kernel_takes(gram: torch.Tensor, targets: torch.Tensor) -> bool:
     """Whether the kernel runs, and runs rightly, for problems like these."""
-    if not (gram.is_cuda and gram.dtype == torch.float32 and kernel_available(gram.device)):
+    if gram.dtype != torch.float32 or not usable("greedy", gram.device, gram.dtype, targets.shape[2]):
         return False
     from compactor_kernels.greedy import MAX_KEYS
 
-    return gram.shape[1] <= MAX_KEYS and passes("greedy", gram.device, gram.dtype, targets.shape[2])
+    return gram.shape[1] <= MAX_KEYS
 
 
 def pool_violators(gains: torch.Tensor) -> torch.Tensor:

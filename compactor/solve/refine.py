@@ -204,7 +204,7 @@ def is_fused(parts: Sequence[Rows]) -> bool:
     if len(drawn) != 1 or drawn[0].document_stop is not None:
         return False
     queries = drawn[0].queries
-    return attention.is_fast(queries) and attention.kernel_usable("refine_gradients", queries)
+    return attention.is_fast(queries) and attention.kernel_usable("refine_steps", queries)
 
 
 def batches(heads: Sequence[HeadKeyValues], device: torch.device, *, fused: bool = False) -> Iterator[list[int]]:
