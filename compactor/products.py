@@ -75,7 +75,8 @@ def takes(rows: torch.Tensor, module: torch.nn.Linear) -> bool:
     """Whether the kernel takes rows (..., num_inputs) of a linear module."""
     few = 0 < rows.numel() <= MAX_ROWS * module.in_features and rows.shape[-1] == module.in_features
     weight = module.weight
-    return few and rows.dtype == weight.dtype and rows.device == weight.device and not torch.is_grad_enabled()
+    alike = rows.dtype == weight.dtype and rows.device == weight.device
+    return few and alike and is_half_on_gpu(weight) and not torch.is_grad_enabled()  # a model may move
 
 
 def few(input: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,7 @@ def by_kernel(
     still wait are computed on the way."""
     suits = unsqueeze_dim == 1 and queries.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == queries.shape[-1]
     suits = suits and not cos.shape[-1] % 2 and queries.stride(-1) == keys.stride(-1) == 1
+    suits = suits and is_half_on_gpu(queries)  # a model may move
     if not suits or not queries.dtype == keys.dtype == cos.dtype == sin.dtype:
         return original(queries, keys, cos, sin, unsqueeze_dim)
     from compactor_kernels.rotary import rotate
