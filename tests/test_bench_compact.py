@@ -230,7 +230,7 @@ def test_json_says_stages_work_and_fractions(invoke: Command) -> None:
     assert made["bench"] == "compact"
     assert made["settings"] == {
         "shape": "tiny", "tokens": 300, "keep": 0.1, "repeats": 1, "seed": 0, "method": "fast", "certify": False,
-        "dtype": "float32",
+        "workspace": None, "dtype": "float32",
     }  # fmt: skip
     names = [row["name"] for row in made["rows"]]
     parts = ["exact attention", "outputs"]  # nothing is fitted
