@@ -39,7 +39,7 @@ def repeat_segments(
                 question = prompt.question_ids(REPEAT_LATER)
                 seam = len(question) - len(prompt.suffix_ids)
                 question[seam:seam] = document_ids[max(0, start - REPEAT_OVERLAP) : start]
-            segments.append(Segment((*question, *document_ids[start:stop]), "repeat", len(question)))
+            segments.append(Segment((*question, *document_ids[start:stop]), "repeat", len(question), start))
     return segments
 
 

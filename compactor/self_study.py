@@ -86,16 +86,17 @@ def self_study_segments(
     circles are cut, repeated questions left out. Equal seeds give equal segments on one machine.
     """
     by_section = passages_by_section(prompt.tokenizer, prefilled.document_ids, plan.num_passages)
+    step = Sections.of(len(prefilled.document_ids), len(by_section)).step
     asking = [[passage_prompt(prompt, passage) for passage in section] for section in by_section]
     whole = [prompt.question_ids(text) for text in WHOLE_PROMPTS[: plan.num_whole]]
     most_asked = min(QUESTION_TOKENS, room - max(len(ids) for section in asking for ids in section))
     most_whole = min(WHOLE_TOKENS, room - max(map(len, whole), default=room))
     segments: dict[tuple[int, ...], Segment] = {}
 
-    def take(questions: list[list[int]], answers: list[list[int]]) -> None:
+    def take(questions: list[list[int]], answers: list[list[int]], about: int | None = None) -> None:
         for question, answer in zip(questions, answers, strict=True):
             unique = tuple(until_repetition(answer))
-            segments.setdefault(tuple(question), Segment((*question, *unique), "self-study", len(question)))
+            segments.setdefault(tuple(question), Segment((*question, *unique), "self-study", len(question), about))
 
     rounds = plan.rounds if most_asked > 0 else 0
     steps = rounds * (most_asked + plan.answer_tokens) + max(0, most_whole)
@@ -112,7 +113,7 @@ def self_study_segments(
             answers = answer(padded(questions), [], max_new_tokens=most, seed=None)
             rows = max(map(len, questions))
             for index, asked in enumerate(questions):
-                take(asked, answers[index * rows : index * rows + len(asked)])
+                take(asked, answers[index * rows : index * rows + len(asked)], index * step)
         if most_whole > 0:
             take(whole, answer([], whole, max_new_tokens=most_whole, seed=seed))
     return list(segments.values())

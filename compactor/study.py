@@ -184,7 +184,13 @@ def greedily(study: Study, segments: list[Segment], weights: dict[str, float], n
 
 
 def scored_selection(study: Study, segments: list[Segment], weights: dict[str, float]) -> Selection:
-    """Order all keys by their single scores, in common currency; the document's own queries add theirs."""
+    """Order all keys by their single scores."""
+    return select_keys(key_scores(study, segments, weights).cpu())
+
+
+def key_scores(study: Study, segments: list[Segment], weights: dict[str, float]) -> torch.Tensor:
+    """Return the single scores of all keys, (num_layers, num_kv_heads, num_document) float32 in common currency; the
+    document's own queries add theirs."""
     full, num_kv_heads = study.full, study.job.loaded.num_kv_heads
     sums: dict[int, KeySums] = {}
 
@@ -207,15 +213,17 @@ def scored_selection(study: Study, segments: list[Segment], weights: dict[str, f
 
     for batch in groups(segments, pass_rows(study)):
         study.run_layers(batch, "select", make)
-    own = {i: scores * weights["context"] for i, scores in full.context_scores.items() if "context" in weights}
-    return select_keys(
-        torch.stack(
-            [
-                (sums[i].scores(full.layers[i], full.prefix_length, own.get(i)) / full.residual_norms[i] ** 2).cpu()
-                for i in full.full_layers
-            ]
-        )
-    )
+    own = context_squares(full, weights)
+    scores = [
+        sums[i].scores(full.layers[i], full.prefix_length, own.get(i)) / full.residual_norms[i] ** 2
+        for i in full.full_layers
+    ]
+    return torch.stack([one.to(scores[0].device) for one in scores])
+
+
+def context_squares(full: Prefilled, weights: dict[str, float]) -> dict[int, torch.Tensor]:
+    """Return what the document's own queries add to the sums of w A_ij^2 of each layer, where they were observed."""
+    return {i: scores * weights["context"] for i, scores in full.context_scores.items() if "context" in weights}
 
 
 def context_selection(study: Study) -> Selection:
@@ -383,41 +391,40 @@ def fit(
     *,
     fits: bool = True,
 ) -> dict[int, FitLayer]:
-    """Fit all layers in one on-policy pass, or only measure them; returns the layer of each compacted index."""
+    """Fit all layers in one on-policy pass, or only measure them; returns the layer of each compacted index. Where the
+    selection has no order, the rows of the pass choose the keys of each layer, as many as ``counts`` has."""
     job, full = study.job, study.full
     # Without segments (context queries alone) one token of suffix carries the pass through the layers.
     carried = segments or [Segment(tuple(job.prompt.question_ids("")[:1]), "carrier")]
     made: dict[int, FitLayer] = {}
     refiner = Refiner(refine_steps, job.settings.seed) if refine_steps and fits else None
+    gains = selection.by_position() if job.settings.keep_curves else None
+    own = context_squares(full, weights) if selection.order is None else {}
 
     def make(i: int, layer: LayerCache, packed: Packed, advance: Advance) -> FitLayer:
         row = len(made)
         inputs = FitInputs(
             prefix_length=full.prefix_length,
-            order=selection.order[row],
+            order=None if selection.order is None else selection.order[row],
             counts=counts[row].tolist(),
             head_gains=job.head_gains[i],
             source_weights={"carrier": 0.0, **weights},
             context_queries=full.context_queries.get(i) if "context" in weights else None,
             storage_dtype=job.storage_dtype,
             settings=job.settings,
-            curve_gains=by_position(selection, row) if job.settings.keep_curves else None,
+            curve_gains=None if gains is None else gains[row],
             curve_chunk=GREEDY_CHUNK,
             refiner=refiner,
             currency=float(full.residual_norms[i]) ** -2,
             fits=fits,
+            context_squares=own.get(i),
+            shares_given=job.settings.budget is not None,
         )
         made[i] = FitLayer(layer, packed, full.logical_length, advance, inputs)
         return made[i]
 
     study.run_layers(carried, "fit", make)
     return made
-
-
-def by_position(selection: Selection, row: int) -> torch.Tensor:
-    """Return a compacted layer's gains in the order of the document, (num_kv_heads, num_document) float32."""
-    gains = selection.gains[row]
-    return torch.empty_like(gains).scatter_(1, selection.order[row], gains)
 
 
 def stored(layer: LayerCache, dtype: torch.dtype) -> LayerCache:

@@ -129,3 +129,4 @@ class Segment:
     token_ids: tuple[int, ...]
     source: str  # "repeat" or "self-study"
     answer_start: int = 0  # index of the first token of the answer
+    about: int | None = None  # the document token from which on it asks; None where it is about the whole

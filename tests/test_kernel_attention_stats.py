@@ -383,7 +383,7 @@ class TestAttentionStats:
         self, dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On GPUs that have it; rows and keys of one head lie apart, as they do in a cache."""
-        if not attention.cudnn_passes(torch.device(DEVICE), dtype, head_dim):
+        if not attention.cudnn_passes(torch.zeros(1, device=DEVICE).device, dtype, head_dim):  # with its index
             pytest.skip("this GPU or this PyTorch has none")
         monkeypatch.setattr(attention, "CUDNN_OPERATIONS", 0)
         monkeypatch.setattr(attention, "_by_flash", lambda *_: pytest.fail("FlashAttention-2 answered"))

@@ -567,7 +567,7 @@ def test_a_head_without_a_fit_has_the_error_of_its_keys_as_they_are() -> None:
     gains = torch.ones(2 * rows.lse.shape[1])
     layer = FitLayer.__new__(FitLayer)
     layer.inputs = FitInputs(0, order, [9, 40], gains, {}, None, torch.float32, CompactSettings(), fits=False)
-    heads, _ = layer._unfitted(keys, [rows])
+    heads, _ = layer._unfitted(keys, [rows], order)
     one, kept = cases[0], order[0, :9].sort().values
     assert torch.equal(heads[0].kept, kept) and torch.equal(heads[0].values, keys.values[0, kept])
     out, true = (

@@ -7,7 +7,7 @@ for the device at both ends. "Model" is what remains of a pass: the layers' matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -40,24 +40,23 @@ from compactor.workspace import bounded
 
 PLAIN, OTHER, MODEL = "plain prefill", "other", "model"
 STAGES = {"prefill": "prefill, context scores", "ask": "self-study"}  # what a step of a job is called here
-PASSES = ("select", "fit")  # stages that are a pass of the reference rows through the model
-PARTS: dict[str, tuple[tuple[str, Any, str], ...]] = {  # of a pass: name, owner, function
-    "select": (
-        ("exact attention", key_scores, "exact_rows"),
-        ("exact attention", key_scores, "exact_parts"),
-        ("single scores", key_scores.KeySums, "add"),
-        ("single scores", key_scores.KeySums, "add_parts"),
-        ("exact attention", chunk_grams, "exact_rows"),
-        ("Gram matrices", chunk_grams, "add_rows"),
-        ("greedy search", study, "greedy_curves"),
+PASSES = ("select", "fit")  # stages that are a pass of reference rows through the model
+PARTS: dict[str, tuple[tuple[Any, str], ...]] = {  # of a pass: owners and functions
+    "exact attention": (
+        (key_scores, "exact_rows"),
+        (key_scores, "exact_parts"),
+        (chunk_grams, "exact_rows"),
+        (fit, "exact_rows"),
+        (fit, "exact_parts"),
+        (fit, "merged_rows"),
     ),
-    "fit": (
-        ("exact attention", fit, "segment_rows"),
-        ("biases", fit, "choose_heads"),
-        ("values", fit, "refit_heads"),
-        ("refinement", fit, "refine_heads"),
-        ("outputs", fit, "measured_outputs"),
-    ),
+    "single scores": ((key_scores.KeySums, "add"), (key_scores.KeySums, "add_parts")),
+    "Gram matrices": ((chunk_grams, "add_rows"),),
+    "greedy search": ((study, "greedy_curves"),),
+    "biases": ((fit, "choose_heads"),),
+    "values": ((fit, "refit_heads"),),
+    "refinement": ((fit, "refine_heads"),),
+    "outputs": ((fit, "measured_outputs"),),
 }
 
 
@@ -81,8 +80,8 @@ class MeasuredStudy(Study):
     passes: dict[str, list[int]] = field(default_factory=dict)  # by phase: lengths of all segments
 
     def run_layers(self, segments: Sequence[Segment], phase: str, make: study.MakeLayer) -> None:
-        """Send segments through the model side by side."""
-        self.passes.setdefault(phase, []).extend(len(segment.token_ids) for segment in segments)
+        """Send segments through the model side by side; the last phase of `passes` is the one that runs."""
+        self.passes[phase] = [*self.passes.pop(phase, []), *(len(segment.token_ids) for segment in segments)]
         super().run_layers(segments, phase, make)
 
 
@@ -191,11 +190,13 @@ def compact_once(settings: CompactBenchSettings, loaded: LoadedModel, ids: list[
     job = MeasuredJob(make_document("random tokens", "x"), loaded, chosen, prompt, ids, reporter)
     clock = Stages(loaded.device)
 
+    passes: dict[str, list[int]] = {}
+
     def compact() -> tuple[MeasuredStudy, list[LayerCache]]:
-        done = MeasuredStudy(job, prefill_document(job))
+        done = MeasuredStudy(job, prefill_document(job), passes=passes)
         return done, compact_study(done, target_total(job)).layers
 
-    with clocked(clock), noting_questions(asked), bounded(settings.workspace):
+    with clocked(clock, passes), noting_questions(asked), bounded(settings.workspace):
         (done, layers), elapsed_s = timed(compact, loaded.device)
     return Run(
         elapsed_s,
@@ -210,21 +211,23 @@ def compact_once(settings: CompactBenchSettings, loaded: LoadedModel, ids: list[
 
 
 @contextmanager
-def clocked(clock: Stages) -> Iterator[None]:
-    """Time every function of `PARTS` inside, as the stage "pass/part" of the clock."""
+def clocked(clock: Stages, passes: Collection[str]) -> Iterator[None]:
+    """Time every function of `PARTS` inside, as the stage "pass/part" of the clock; ``passes``: those that began, in
+    order."""
     with ExitStack() as undo:
-        for stage, parts in PARTS.items():
-            for name, owner, function in parts:
+        for name, functions in PARTS.items():
+            for owner, function in functions:
                 original = getattr(owner, function)
-                setattr(owner, function, _timed_by(clock, f"{stage}/{name}", original))
+                setattr(owner, function, _timed_by(clock, name, passes, original))
                 undo.callback(setattr, owner, function, original)
         yield
 
 
-def _timed_by(clock: Stages, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _timed_by(clock: Stages, name: str, passes: Collection[str], function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(*given: Any, **named: Any) -> Any:
-        with clock.stage(name):
+        *_, last = passes
+        with clock.stage(f"{last}/{name}"):
             return function(*given, **named)
 
     return run
@@ -302,9 +305,9 @@ def stage_work(
     parts: dict[str, dict[str, float]] = {}
     for stage, segments in run.passes.items():
         parts[stage] = {"exact attention": counts.exact(segments, total), MODEL: counts.matrices(sum(segments))}
+        if f"{stage}/single scores" in run.parts:
+            parts[stage]["single scores"] = counts.attention(sum(segments) * num_document, products=1)
     fitted = sum(run.passes["fit"])
-    if "select/single scores" in run.parts:
-        parts["select"]["single scores"] = counts.attention(fitted * num_document, products=1)
     if "select/Gram matrices" in run.parts:
         chunk = -(-num_document // -(-num_document // study.GREEDY_CHUNK))
         parts["select"]["Gram matrices"] = counts.gram(fitted, num_document, chunk)

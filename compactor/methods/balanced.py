@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from compactor.methods import Compacted
 from compactor.methods.ours import solve_segments
-from compactor.study import Study, by_score
+from compactor.methods.sampled import by_sample
+from compactor.study import Study
 
 SUMMARY = "repeat pass and self-study, keys by single scores, one budget over all heads, fitted and refined on-policy"
 REFINE_STEPS = 150
@@ -12,4 +13,4 @@ REFINE_STEPS = 150
 
 def compact(study: Study, num_kept: int) -> Compacted:
     """Keep ``num_kept`` document keys over all heads; see docs/algorithm.md."""
-    return solve_segments(study, num_kept, "balanced", study.segments, by_score, REFINE_STEPS)
+    return solve_segments(study, num_kept, "balanced", study.segments, by_sample, REFINE_STEPS)

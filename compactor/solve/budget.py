@@ -15,7 +15,7 @@ BYTES_PER_OFFSET = 4
 
 
 def allocate(gains: torch.Tensor, total: int) -> torch.Tensor:
-    """Return the number of kept keys per head, (num_layers, num_kv_heads) int64, summing to ``total``.
+    """Return the number of kept keys per head, (num_layers, num_kv_heads) int64 on the host, summing to ``total``.
 
     gains: (num_layers, num_kv_heads, num_document) float32, not increasing along the last dimension. The ``total``
     largest gains win, after each head has its floor. Raises SettingsError when there are more heads than keys to keep.
@@ -27,15 +27,15 @@ def allocate(gains: torch.Tensor, total: int) -> torch.Tensor:
             f"The size target keeps {total} document keys over {num_heads} heads; raise it to at least one key a head."
         )
     floor = max(1, int(FLOOR_FRACTION * total / num_heads))
-    rest = gains[..., floor:].reshape(num_heads, -1).cpu()
+    rest = gains[..., floor:].reshape(num_heads, -1)
     wanted = total - floor * num_heads
-    counts = torch.full((num_heads,), floor)
+    counts = torch.full((num_heads,), floor, device=gains.device)
     if wanted:
         last = rest.flatten().kthvalue(rest.numel() - wanted + 1).values  # the least gain that wins
         above, equal = (rest > last).sum(1), (rest == last).sum(1)
         left = wanted - above.sum() - (equal.cumsum(0) - equal)  # for this head's equals, after those of heads before
         counts += above + left.clamp_min(0).minimum(equal)
-    return counts.view(num_layers, num_kv_heads)
+    return counts.view(num_layers, num_kv_heads).cpu()
 
 
 def key_bytes(head_dim: int, itemsize: int) -> int:

@@ -24,10 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 from compactor import attention
 from compactor.attach import dense_heads
 from compactor.config import CompactSettings
-from compactor.packed import ExactRows, Packed, PackedLayer, exact_parts, exact_rows
+from compactor.packed import ExactParts, ExactRows, Packed, PackedLayer, exact_parts, exact_rows
 from compactor.prefill import context_spans
 from compactor.solve.biases import not_finite, require_finite, solve_box_nnls_batched
+from compactor.solve.budget import allocate
 from compactor.solve.gram import GramSum, as_sum, kernel_runs, on_device
+from compactor.solve.key_scores import KeySums
 from compactor.solve.refine import HeadKeyValues, Refiner
 from compactor.solve.rows import (
     HELD_OUT_EVERY,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 
 BIAS_PRIOR = 1e-3  # pull of each b towards 1, relative to its own diagonal entry
 BIAS_STEPS = 3  # projected Newton steps of the biases at most: values and refinement make up for what is left
+REFINED_BIAS_STEPS = 1  # the same where a refinement follows
+REFINED_RIDGE = 0.1  # of the values where a refinement follows, unless the settings name one: none has to be chosen
 BIAS_TOLERANCE = 1e-3  # their stopping test
 EVERY_OTHER = 16  # rows for each key of the longest head, from which least squares look at every other row
 SMALL = 1 << 36  # multiplications of a batch's Gram matrices below which heads of all lengths share it
@@ -64,18 +68,32 @@ class FitInputs:
     """What a layer's fit needs besides the queries that the pass brings."""
 
     prefix_length: int
-    order: torch.Tensor  # (num_kv_heads, num_document) int64, best first
-    counts: list[int]  # document keys to keep, per KV head
+    order: torch.Tensor | None  # (num_kv_heads, num_document) int64, best first; None: the rows of this pass say it
+    counts: list[int]  # document keys to keep, per KV head; without an order their sum, unless ``shares_given``
     head_gains: torch.Tensor  # (num_heads,) float32
     source_weights: dict[str, float]  # weight of a row of each source
     context_queries: torch.Tensor | None  # (num_heads, num_document, head_dim), host memory
     storage_dtype: torch.dtype
     settings: CompactSettings
-    curve_gains: torch.Tensor | None = None  # (num_kv_heads, num_document) float32 by position, where curves are kept
+    curve_gains: torch.Tensor | None = None  # (num_kv_heads, num_document) float32 by position, for the curves
     curve_chunk: int = 0  # document tokens of a chunk of the curves
     refiner: Refiner | None = None  # of keys, biases and values together
     currency: float = 1.0  # factor that makes this layer's squared errors comparable with other layers'
     fits: bool = True  # otherwise the keys stay as they are, and the rows only tell their error
+    shares_given: bool = False  # whether ``counts`` hold for each head
+    context_squares: torch.Tensor | None = None  # (num_kv_heads, num_document): weighted, of the document's own queries
+
+    def ordered(self, scores: torch.Tensor) -> FitInputs:
+        """Return the inputs with the keys ordered by their scores, (num_kv_heads, num_document) float32, by which the
+        heads share the layer's keys unless their shares are given."""
+        gains = scores * self.currency
+        ranked = gains.sort(dim=-1, descending=True, stable=True)
+        counts = self.counts
+        if not self.shares_given:
+            found = ranked.values.unsqueeze(0)
+            counts = allocate(found.to(solve_device(found.device)), sum(counts))[0].tolist()
+        curve_gains = gains.cpu() if self.settings.keep_curves else None
+        return replace(self, order=ranked.indices, counts=counts, curve_gains=curve_gains)
 
 
 @dataclass(frozen=True)
@@ -154,15 +172,24 @@ class FitLayer(PackedLayer):
         inputs, prefix = self.inputs, self.inputs.prefix_length
         own_keys, own_values = (part[0, :, prefix:] for part in dense_heads(self.full))
         document = LayerKeys(own_keys, own_values, inputs.storage_dtype)
-        rows = [segment_rows(self, inputs, queries, keys, values, scaling)]
+        given = queries, keys, values, scaling
+        if inputs.order is None:
+            sums = KeySums.empty(len(keys), document.num_document, queries.shape[-1], queries.device)
+            rows = [segment_rows(self, inputs, *given, sums)]
+            self.inputs = inputs = inputs.ordered(sums.scores(self.full, prefix, inputs.context_squares))
+        else:
+            rows = [segment_rows(self, inputs, *given)]
+        assert inputs.order is not None
         if inputs.context_queries is not None:
             rows.append(context_rows(self.full, inputs, inputs.context_queries, scaling))
         if not inputs.fits:
-            heads, out = self._unfitted(document, rows)
+            heads, out = self._unfitted(document, rows, inputs.order)
         else:
-            step = 1 if inputs.refiner is None else rows_apart(rows, max(inputs.counts))
+            refined = inputs.refiner is not None
+            step = rows_apart(rows, max(inputs.counts)) if refined else 1
             looked_at = [part.every(step) for part in rows]
-            heads = fit_heads(document, looked_at, inputs.order, inputs.counts, inputs.settings, self.naming)
+            given_keys = inputs.order, inputs.counts, inputs.settings
+            heads = fit_heads(document, looked_at, *given_keys, self.naming, refined=refined)
             if inputs.refiner is not None:
                 heads, out = self._refined(heads, rows, step, inputs.refiner)
             else:
@@ -171,12 +198,14 @@ class FitLayer(PackedLayer):
         self.fitted = assemble(self.full, self.heads, prefix, inputs.storage_dtype)
         return out.view(queries.shape)
 
-    def _unfitted(self, document: LayerKeys, rows: list[Rows]) -> tuple[list[HeadFit], torch.Tensor]:
+    def _unfitted(
+        self, document: LayerKeys, rows: list[Rows], ranking: torch.Tensor
+    ) -> tuple[list[HeadFit], torch.Tensor]:
         """Return heads that keep the first keys of their ranking as they are, with their errors, and what they make of
         the first rows."""
         counts, device, num_heads = self.inputs.counts, document.keys.device, len(document.keys)
         energy_of = torch.stack([energies(part) for part in rows]).sum(0)
-        order, everyone = self.inputs.order[:, : max(counts)].to(device), list(range(num_heads))
+        order, everyone = ranking[:, : max(counts)].to(device), list(range(num_heads))
         ranks = torch.arange(order.shape[1], device=device) < torch.tensor(counts, device=device).unsqueeze(-1)
         positions = order.masked_fill(~ranks, document.num_document).sort().values.clamp_max(document.num_document - 1)
         keys, values = document.keys_at(everyone, positions), document.values_at(everyone, positions)
@@ -202,7 +231,7 @@ class FitLayer(PackedLayer):
         """Return refined heads with their errors and Gram matrices, and what they make of the first rows. A head that
         is further from the exact output than it was, both as stored, on the rows that it was fitted to and on all,
         stays as it was. ``step``: the heads were fitted to one row in so many."""
-        num_document = self.inputs.order.shape[1]
+        num_document = dense_heads(self.full)[0].shape[2] - self.inputs.prefix_length
         heads = refine_heads(before, rows, refiner, num_document)
         outputs, errors, on_fitted = self._outputs(heads, rows, step)
         worse = [
@@ -294,24 +323,36 @@ def segment_rows(
     keys: torch.Tensor,
     values: torch.Tensor,
     scaling: float,
+    sums: KeySums | None = None,
 ) -> Rows:
-    """Return all packed rows with their exact attention, heads first; shapes as `PackedLayer.attend_packed`."""
+    """Return all packed rows with their exact attention, heads first; shapes as `PackedLayer.attend_packed`. ``sums``,
+    where they are wanted, get what the rows say of each key."""
     num_kv_heads, num_rows = keys.shape[0], queries.shape[1]
     given = layer, queries, keys, values, scaling, inputs.prefix_length
-    exact: ExactRows | MergedRows
-    if attention.merges_in_one_pass(queries):
-        from compactor_kernels.merge_rows import merge_rows
-
-        parts = exact_parts(*given, out_type=queries.dtype)
-        exact = merge_rows(parts.near, parts.document)
-    else:
-        exact = exact_rows(*given)
     gains = inputs.head_gains.to(queries.device).view(num_kv_heads, -1, 1)
     roots = gains * layer.packed.row_weights(inputs.source_weights, queries.device).sqrt()
     grouped = queries.view(num_kv_heads, -1, num_rows, queries.shape[-1])
+    document = grouped.flatten(1, 2), dense_heads(layer.full)[0][0, :, inputs.prefix_length :], scaling
+    exact: ExactRows | MergedRows
+    if attention.merges_in_one_pass(queries):
+        parts = exact_parts(*given, out_type=queries.dtype)
+        if sums is not None:
+            sums.add_parts(*document, parts, roots)
+        exact = merged_rows(parts)
+    else:
+        exact = exact_rows(*given)
+        if sums is not None:
+            sums.add(*document, exact, roots)
     held_out = held_out_rows(num_rows, queries.device)
     near_share = exact.near_lse - exact.lse
     return Rows(grouped, scaling, roots, exact.lse, near_share, exact.near, exact.out, held_out)
+
+
+def merged_rows(parts: ExactParts) -> MergedRows:
+    """Merge the parts of all rows, where `attention.merges_in_one_pass`."""
+    from compactor_kernels.merge_rows import merge_rows
+
+    return merge_rows(parts.near, parts.document)
 
 
 def context_rows(full: LayerCache, inputs: FitInputs, queries: torch.Tensor, scaling: float) -> Rows:
@@ -364,24 +405,38 @@ def fit_heads(
     counts: Sequence[int],
     settings: CompactSettings,
     naming: Naming = unnamed,
+    *,
+    refined: bool = False,
 ) -> list[HeadFit]:
     """Choose, bias and refit the document keys of all KV heads.
 
     ``parts``: rows of all heads; ``order`` (num_kv_heads, num_document) int64 ranks the keys of each, best first;
-    ``counts``: how many each keeps. Raises NumericalError, named by ``naming``, where a head has no finite fit.
+    ``counts``: how many each keeps; ``refined``: a refinement follows, which makes up for what is saved here. Raises
+    NumericalError, named by ``naming``, where a head has no finite fit.
     """
-    return refit_heads(keys, parts, choose_heads(keys, parts, order, counts, settings), settings.ridge, naming)
+    ridge, bias_steps = settings.ridge, BIAS_STEPS
+    if refined:
+        ridge, bias_steps = REFINED_RIDGE if ridge is None else ridge, REFINED_BIAS_STEPS
+    kept = choose_heads(keys, parts, order, counts, settings, bias_steps)
+    return refit_heads(keys, parts, kept, ridge, naming)
 
 
 def choose_heads(
-    keys: LayerKeys, parts: Sequence[Rows], order: torch.Tensor, counts: Sequence[int], settings: CompactSettings
+    keys: LayerKeys,
+    parts: Sequence[Rows],
+    order: torch.Tensor,
+    counts: Sequence[int],
+    settings: CompactSettings,
+    bias_steps: int = BIAS_STEPS,
 ) -> list[KeptKeys]:
     """Choose and bias the keys of all KV heads, batch by batch; heads that keep every key are in none. See
     `fit_heads`."""
     members = [i for i, count in enumerate(counts) if count < keys.num_document or settings.keep_curves]
     num_rows = sum(part.lse.shape[1] * part.lse.shape[2] for part in parts)
     batches = head_batches({i: counts[i] for i in members}, num_rows, keys.keys.device)
-    return [choose_keys(keys, parts, order, batch, [counts[i] for i in batch], settings) for batch in batches]
+    return [
+        choose_keys(keys, parts, order, batch, [counts[i] for i in batch], settings, bias_steps) for batch in batches
+    ]
 
 
 def refit_heads(
@@ -459,6 +514,7 @@ def choose_keys(
     members: list[int],
     counts: list[int],
     settings: CompactSettings,
+    bias_steps: int = BIAS_STEPS,
 ) -> KeptKeys:
     """Choose and bias the keys of one batch of heads; see `fit_heads`."""
     device, most, num_document = keys.keys.device, max(counts), keys.num_document
@@ -477,16 +533,17 @@ def choose_keys(
             mass = -torch.expm1(block.near_share.unsqueeze(-1))  # 1 - the attention on prefix and local keys
             sums.add(shares, mass * roots)
         energy += as_sum(energies(rows, heads), energy)
-    solution = solve_biases(sums.gram, sums.rhs[..., 0], present.to(sums.gram.device), settings)
+    solution = solve_biases(sums.gram, sums.rhs[..., 0], present.to(sums.gram.device), settings, bias_steps)
     biases = solution.log().float().to(device).masked_fill(~present, -math.inf)
     grams = [gram[:n, :n] for gram, n in zip(sums.gram, counts, strict=True)] if settings.keep_curves else None
     return KeptKeys(members, counts, sizes, positions, stored, biases, energy, grams)
 
 
 def solve_biases(
-    gram: torch.Tensor, rhs: torch.Tensor, present: torch.Tensor, settings: CompactSettings
+    gram: torch.Tensor, rhs: torch.Tensor, present: torch.Tensor, settings: CompactSettings, steps: int = BIAS_STEPS
 ) -> torch.Tensor:
-    """Return b = exp(bias) of each head's keys, (num_heads, n) float64, nearly as the box of the settings has it best.
+    """Return b = exp(bias) of each head's keys, (num_heads, n) float64, as ``steps`` steps towards the best one in the
+    box of the settings leave it.
 
     gram (num_heads, n, n), rhs (num_heads, n): of attention to the keys and to the whole document; ``present``
     (num_heads, n) bool: the others are padding.
@@ -496,7 +553,7 @@ def solve_biases(
     system = gram * (present.unsqueeze(-1) & present.unsqueeze(-2)) if len(gram) > 1 else gram.clone()
     system.diagonal(dim1=-2, dim2=-1).add_(prior)
     return solve_box_nnls_batched(
-        system, rhs + prior, lower=low, upper=high, tolerance=BIAS_TOLERANCE, max_iterations=BIAS_STEPS
+        system, rhs + prior, lower=low, upper=high, tolerance=BIAS_TOLERANCE, max_iterations=steps
     ).solution
 
 

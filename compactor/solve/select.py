@@ -22,8 +22,13 @@ CONTRAST_FLOOR = 1e-2  # of the values' own spread: the least weight of the mass
 class Selection:
     """Keys of each head, best first, with what each adds."""
 
-    order: torch.Tensor  # (num_layers, num_kv_heads, num_document) int64, document-relative, best first
+    order: torch.Tensor | None  # (num_layers, num_kv_heads, num_document) int64, document-relative, best first; None
+    # where the fit orders the keys of each layer by its own rows, and ``gains`` only says how many each layer keeps
     gains: torch.Tensor  # same shape, float32, not increasing: squared error that the key removes, in common currency
+
+    def by_position(self) -> torch.Tensor | None:
+        """Return the gains in the order of the document, where the keys have an order."""
+        return None if self.order is None else torch.empty_like(self.gains).scatter_(-1, self.order, self.gains)
 
 
 def select_keys(squared_scores: torch.Tensor) -> Selection:
