@@ -374,6 +374,49 @@ def _try_step_decode(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return pairs
 
 
+def _try_cholesky(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    """``head_dim`` is the number of right-hand sides; everything is float32 whatever ``dtype`` is."""
+    from compactor_kernels.cholesky import cholesky_factors_batched, cholesky_solve_factored
+    from compactor_kernels.reference_cholesky import cholesky_solve_reference
+
+    size = 2 * 64 + 1  # three tiles: the last one is updated twice
+    (rows,) = _draw(device, torch.float32, (HEADS, 2 * size, size))
+    systems = rows.mT @ rows / (2 * size)
+    systems[1].diagonal().sub_(2.0)  # has no factor
+    added = torch.linspace(0.1, 1.0, HEADS, device=device)
+    factors = cholesky_factors_batched(systems, added=added)
+    pairs: Pairs = []
+    for num_rhs in (1, head_dim):
+        (rhs,) = _draw(device, torch.float32, (HEADS, size, num_rhs))
+        expected, failed = cholesky_solve_reference(systems, rhs, added)
+        found = cholesky_solve_factored(factors, rhs)
+        pairs += [(factors.failed, failed), *zip(found[0].split(32), expected[0].split(32), strict=True)]
+    return pairs
+
+
+def _try_nnls(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
+    """``head_dim`` is the number of variables; everything is float64 whatever ``dtype`` is."""
+    from compactor_kernels.nnls import box_newton
+    from compactor_kernels.reference_nnls import Search, box_newton_reference
+
+    (rows,) = _draw(device, torch.float64, (HEADS + 1, 4 * head_dim, head_dim))
+    gram = rows.mT @ rows / (4 * head_dim)
+    gram[0, :, head_dim // 2 :] = gram[0, head_dim // 2 :] = 0.0  # padding
+    gram[2].diagonal().sub_(3.0)  # has no factor, and goes downhill
+    rhs, start = _draw(device, torch.float64, *[(HEADS + 1, head_dim)] * 2)
+    low, high = torch.full_like(rhs, -0.5), torch.full_like(rhs, 0.7)
+    seen = gram.diagonal(dim1=-2, dim2=-1) != 0
+    given = gram, rhs, start.clamp(low, high), low, high, seen, rhs.abs().amax(-1)
+    search = Search((0.5, 6), (0.25, 8), 1e-4, 1e-7, 1.0)
+    found, expected = (
+        run(*given, tolerance=1e-6, max_iterations=12, search=search) for run in (box_newton, box_newton_reference)
+    )
+    return [
+        *zip(found.point.nan_to_num(9.0), expected.point.nan_to_num(9.0), strict=True),
+        (found.optimality <= 1e-6, expected.optimality <= 1e-6),
+    ]
+
+
 TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "biased_decode": _try_biased_decode,
     "biased_decode_int8": _try_biased_decode_int8,
@@ -389,4 +432,6 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype, int], Pairs]] = {
     "gemv": _try_gemv,
     "rms_norm": _try_rms_norm,
     "step_decode": _try_step_decode,
+    "cholesky": _try_cholesky,
+    "nnls": _try_nnls,
 }

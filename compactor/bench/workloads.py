@@ -35,6 +35,8 @@ KERNELS = {
         "gram",
         "value_targets",
         "greedy",
+        "nnls",
+        "cholesky",
         "refine_steps",
         "step_decode",
         "gemv",

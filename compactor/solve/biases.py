@@ -6,16 +6,22 @@ and A_S its attention to the kept keys; the bias of a key is log b. In Gram form
     f(b) = b^T G b / 2 - r^T b
 
 The problems of several heads are solved as one batch whose shapes do not depend on the data, so that a GPU is asked to
-stop only now and then. A problem alone works on its free variables only, which is less arithmetic and suits a CPU.
+stop only now and then; on an NVIDIA GPU by kernels (`by_kernels`). A problem alone works on its free variables only,
+which is less arithmetic and suits a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from compactor.errors import NumericalError
+from compactor.kernel_trial import usable
+from compactor_kernels.reference_cholesky import MAX_SIZE, BlockFactors
+from compactor_kernels.reference_nnls import BoxPoints, Search
 
 JITTER_32 = 1e-7  # the same for float32 factors
 JITTER = 1e-12  # of the mean diagonal, added to Cholesky factors of singular blocks; raised tenfold on failure
@@ -25,6 +31,12 @@ NEWTON_STEPS = (0.5, 6)  # 1, 1/2, ... of the Newton direction: ratio and number
 DOWNHILL_STEPS = (0.25, 8)  # the same of the gradient: one is below 1 / (largest eigenvalue)
 SUFFICIENT = 1e-4  # of the decrease that the gradient promises: less makes a step shorter
 LARGE = 1024  # variables above which a GPU factors one matrix after another
+LARGE_ALONE = 512  # variables up to which one problem alone goes through the kernels
+QUEUED = 6  # iterations at most that the kernels take without a look at whether all problems have stopped
+TRIED = 128  # variables, or right-hand sides, of the trial of these kernels: two tiles
+HOPELESS = 1.0  # jitter above which equations have no solution
+
+Factors = TypeVar("Factors", torch.Tensor, BlockFactors)
 
 
 @dataclass(frozen=True)
@@ -101,8 +113,41 @@ def solve_box_nnls_batched(
     x = torch.ones_like(rhs) if start is None else start.double()
     x = (x * scale).clamp(low, high)
     reference = largest(rhs).clamp_min(1e-300)
+    solve = by_kernels if blocks_usable(gram, "nnls") else by_torch
+    points = solve(gram, rhs, x, low, high, seen, reference, tolerance, max_iterations)
+    return box_fits(points, low, high, lower, upper, scale, tolerance)
 
+
+def box_fits(
+    found: BoxPoints,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    lower: float | torch.Tensor,
+    upper: float | torch.Tensor,
+    scale: torch.Tensor,
+    tolerance: float,
+) -> BoxFits:
+    """Return the solutions of problems whose columns were scaled, their box (``low``, ``high``) with them; what is at a
+    bound is not rounded off it."""
+    x = found.point
+    solution = torch.where(x <= low, lower, torch.where(x >= high, upper, x / scale))
+    return BoxFits(solution, found.iterations, found.optimality <= tolerance, found.optimality)
+
+
+def by_torch(
+    gram: torch.Tensor,
+    rhs: torch.Tensor,
+    start: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    seen: torch.Tensor,
+    reference: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> BoxPoints:
+    """Take projected Newton steps from ``start``; shapes as `compactor_kernels.nnls.box_newton`."""
     search = _AloneSearch(gram, low, high) if len(gram) == 1 else _JointSearch(gram, low, high)
+    x = start
     running = torch.ones(len(gram), dtype=torch.bool, device=rhs.device)
     iterations = torch.zeros(len(gram), dtype=torch.int64, device=rhs.device)
     for iteration in range(max_iterations + 1):
@@ -117,8 +162,44 @@ def solve_box_nnls_batched(
         found, moved = search.step(gradient, x, ~pinned)
         running &= moved
         x = torch.where(running.unsqueeze(-1), found, x)
-    solution = torch.where(x <= low, lower, torch.where(x >= high, upper, x / scale))  # no rounding off the bounds
-    return BoxFits(solution, iterations, optimality <= tolerance, optimality)
+    return BoxPoints(x, iterations, optimality)
+
+
+def by_kernels(
+    gram: torch.Tensor,
+    rhs: torch.Tensor,
+    start: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    seen: torch.Tensor,
+    reference: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> BoxPoints:
+    """Take the steps of `_JointSearch` by kernels; up to `QUEUED` iterations are launched without waiting for any."""
+    from compactor_kernels.nnls import box_newton
+
+    return box_newton(
+        gram.contiguous(),
+        rhs,
+        start,
+        low,
+        high,
+        seen,
+        reference,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        search=Search(NEWTON_STEPS, DOWNHILL_STEPS, SUFFICIENT, first_jitter(torch.float32), HOPELESS),
+        look_every=None if max_iterations <= QUEUED else CHECK_EVERY,
+    )
+
+
+def blocks_usable(systems: torch.Tensor, name: str) -> bool:
+    """Whether the kernels of `kernel_trial.TRIALS` that factor in tiles take systems (num_heads, n, n), and run
+    rightly: several, or a small one, none of which is so large that a library factors it faster."""
+    num_systems, size = systems.shape[:2]
+    wanted = 0 < size <= (MAX_SIZE if num_systems > 1 else LARGE_ALONE)
+    return wanted and usable(name, systems.device, torch.float32, TRIED)
 
 
 class _AloneSearch:
@@ -187,7 +268,7 @@ class _JointSearch:
         good = (decrease > 0) & (decrease >= SUFFICIENT * slope)
         first = good.byte().argmax(1)
         found = candidates.take_along_dim(first.view(-1, 1, 1), 1).squeeze(1)
-        hopeless = self.jitter > 1.0
+        hopeless = self.jitter > HOPELESS
         return found.masked_fill(hopeless, torch.nan), good.any(1) | hopeless.squeeze(-1)
 
 
@@ -224,17 +305,35 @@ def cholesky_factor(gram: torch.Tensor) -> torch.Tensor:
 def cholesky_factors(grams: torch.Tensor) -> torch.Tensor:
     """Return the lower factors of several such matrices (num_heads, n, n), each with its own jitter; NaN where there is
     none. The host looks once per amount of jitter, once in all where the first one suffices."""
+    return with_jitter(grams, factor_each)
+
+
+def solving_factors(grams: torch.Tensor) -> torch.Tensor | BlockFactors:
+    """Return the same for `solve_factored` alone, from float32 ``grams`` by a kernel where there is one."""
+    return with_jitter(grams, factor_blocks) if blocks_usable(grams, "cholesky") else cholesky_factors(grams)
+
+
+def with_jitter(grams: torch.Tensor, factor: Callable[[torch.Tensor], tuple[Factors, torch.Tensor]]) -> Factors:
+    """Return what ``factor`` makes of matrices with the least jitter that each needs; see `cholesky_factors`."""
     mean = grams.diagonal(dim1=-2, dim2=-1).sum(-1).div(max(1, grams.shape[-1])).clamp_min(1e-30)
     jitter = torch.full_like(mean, first_jitter(grams.dtype))
     hopeless = torch.zeros_like(mean, dtype=torch.bool)
     raised = False
     while True:
-        factors, failed = factor_each(add_diagonal(grams, jitter * mean))
+        factors, failed = factor(add_diagonal(grams, jitter * mean))
         failed &= ~hopeless
         if not bool(failed.any()):
             return factors.masked_fill(hopeless.view(-1, 1, 1), torch.nan) if raised else factors
-        hopeless |= failed & (jitter > 1.0)
+        hopeless |= failed & (jitter > HOPELESS)
         jitter, raised = torch.where(failed, 10.0 * jitter, jitter), True
+
+
+def factor_blocks(grams: torch.Tensor) -> tuple[BlockFactors, torch.Tensor]:
+    """Return the factors of float32 matrices (num_heads, n, n) in tiles, and which of them failed (num_heads,) bool."""
+    from compactor_kernels.cholesky import cholesky_factors_batched
+
+    factors = cholesky_factors_batched(grams.contiguous())
+    return factors, factors.failed.clone()
 
 
 def factor_each(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,8 +345,12 @@ def factor_each(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return factors, info != 0
 
 
-def solve_factored(factors: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+def solve_factored(factors: torch.Tensor | BlockFactors, rhs: torch.Tensor) -> torch.Tensor:
     """Solve L L^T X = rhs for factors L (num_heads, n, n) and rhs (num_heads, n, m)."""
+    if isinstance(factors, BlockFactors):
+        from compactor_kernels.cholesky import cholesky_solve_factored
+
+        return cholesky_solve_factored(factors, rhs.contiguous())
     if factors.is_cuda and len(factors) > 1:  # a loop over the batch, if left to cholesky_solve
         half = torch.linalg.solve_triangular(factors, rhs, upper=False)
         return torch.as_tensor(torch.linalg.solve_triangular(factors.mT, half, upper=True))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compactor.solve.biases import add_diagonal, cholesky_factors, solve_factored, unsolvable
+from compactor.solve.biases import add_diagonal, cholesky_factors, solve_factored, solving_factors, unsolvable
 from compactor.solve.gram import GramSum, on_device
 
 FLOAT32_RIDGE = 1e-5  # from here on a GPU factors in float32 and refines once in float64
@@ -85,7 +85,7 @@ def solve_in_float32(
     """Solve (G + ridge * mean * I) X = B by float32 factors and one step of refinement in float64."""
     scale = mean.clamp_min(1e-30).view(-1, 1, 1)  # keeps float32 in range
     strength = ridge * mean
-    factors = cholesky_factors(add_diagonal((gram / scale).float(), (strength / scale.view(-1)).float()))
+    factors = solving_factors(add_diagonal((gram / scale).float(), (strength / scale.view(-1)).float()))
     change = solve_factored(factors, (rhs / scale).float()).double()
     residual = rhs - gram @ change - strength.view(-1, 1, 1) * change
     return change + solve_factored(factors, (residual / scale).float()).double()
