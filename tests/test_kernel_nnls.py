@@ -163,7 +163,7 @@ class TestNnls:
         [
             (0, torch.zeros(2, 3, 4).double(), "gram must be"),
             (0, torch.zeros(2, 3, 3), "gram must be float64"),
-            (0, torch.zeros(2, 3, 2, 3).double()[:, :, 0], "gram must be contiguous"),
+            (0, torch.zeros(2, 3, 3).double().mT, "gram must be contiguous"),
             (1, torch.zeros(2, 4).double(), "rhs must be"),
             (2, torch.zeros(2, 3), "start must be float64"),
             (4, torch.zeros(3).double(), "high must be"),

@@ -51,19 +51,20 @@ def study_of(loaded: LoadedModel, **settings: Any) -> Study:
     return Study(job, prefill_document(job))
 
 
-@pytest.mark.parametrize("num_document", [1, 60, 200, 211, 1000, 5003])
+@pytest.mark.parametrize("num_document", [1, 60, 100, 150, 200, 211, 1000, 5003])
 def test_sections_of_a_sample_are_equally_far_apart_and_their_share_is_that_of_the_sample(num_document: int) -> None:
     sections = sampled_sections(num_document)
-    if num_document < SECTION * (sampled.EVERY // 2 + sampled.EVERY):
+    count = round(num_document / SECTION)
+    if count < 2 * sampled.LEAST_SECTIONS:
         assert sections == []
         return
-    assert len(sections) >= sampled.LEAST_SECTIONS
-    count = round(num_document / SECTION)
-    every = max(sampled.EVERY, count // sampled.ENOUGH_SECTIONS)
-    assert len(sections) <= max(count / sampled.EVERY, sampled.ENOUGH_SECTIONS) + 1
     starts = torch.tensor([first for first, _ in sections])
-    assert (starts.diff() - every * SECTION).abs().max() <= every * SECTION / 10
-    assert all(abs(last - first - SECTION) <= SECTION / 10 for first, last in sections)
+    every = round(int(starts.diff()[0]) / SECTION)
+    assert every == 2 or len(sections) >= sampled.LEAST_SECTIONS
+    assert every == sampled.EVERY or (every < sampled.EVERY) == (count < sampled.LEAST_SECTIONS * sampled.EVERY)
+    assert len(sections) <= max(count / every + 1, sampled.ENOUGH_SECTIONS + 1)
+    assert (starts.diff() - every * SECTION).abs().max() <= every * SECTION / 5
+    assert all(abs(last - first - SECTION) <= SECTION / 5 for first, last in sections)
     assert starts[0] > 0 and sections[-1][1] <= num_document
     covered = sum(last - first for first, last in sections)
     assert abs(covered * every - num_document) <= every * SECTION
@@ -124,8 +125,10 @@ def test_a_layer_keeps_what_the_sample_says_and_the_best_keys_by_its_own_rows(le
 def test_the_sample_of_everything_shares_the_keys_out_as_all_rows_do(
     lease: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampled, "EVERY", 1)
-    monkeypatch.setattr(sampled, "ENOUGH_SECTIONS", 1000)
+    def everything(num_document: int) -> list[tuple[int, int]]:
+        return [(first, min(first + SECTION, num_document)) for first in range(0, num_document, SECTION)]
+
+    monkeypatch.setattr(sampled, "sampled_sections", everything)
     weights = source_weights(lease.job, lease.segments)
     found = head_counts(lease, by_sample(lease, lease.segments, weights, 150), 150)
     whole = head_counts(lease, scored_selection(lease, lease.segments, weights), 150)

@@ -16,9 +16,9 @@ from compactor.solve.select import Selection
 from compactor.study import Study, by_score, key_scores
 from compactor.types import Segment
 
-EVERY = 4  # one section in so many is sampled, one in more where that leaves `ENOUGH_SECTIONS`
+EVERY = 4  # one section in so many is sampled; one in more where that leaves `ENOUGH_SECTIONS`
 ENOUGH_SECTIONS = 8
-LEAST_SECTIONS = 2  # of a sample: shorter documents are scored whole
+LEAST_SECTIONS = 2  # of a sample: of short documents it is a larger share
 
 
 def by_sample(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:
@@ -33,12 +33,11 @@ def by_sample(study: Study, segments: list[Segment], weights: dict[str, float], 
 
 
 def sampled_sections(num_document: int) -> list[tuple[int, int]]:
-    """Return the sampled sections, equally far apart; none where there would be fewer than `LEAST_SECTIONS`."""
+    """Return the sampled sections, equally far apart; none where a sample would be more than half of the document."""
     count = max(1, round(num_document / SECTION_TOKENS))
+    every = max(min(EVERY, count // LEAST_SECTIONS), count // ENOUGH_SECTIONS)
     borders = [i * num_document // count for i in range(count + 1)]
-    every = max(EVERY, count // ENOUGH_SECTIONS)
-    chosen = range(every // 2, count, every)
-    return [(borders[i], borders[i + 1]) for i in chosen] if len(chosen) >= LEAST_SECTIONS else []
+    return [(borders[i], borders[i + 1]) for i in range(every // 2, count, every)] if every > 1 else []
 
 
 def sampled_segments(study: Study, segments: list[Segment], sections: list[tuple[int, int]]) -> list[Segment]:
