@@ -22,6 +22,7 @@ from compactor.errors import MemoryShortError
 from compactor.job import fixed_bytes, full_bytes, keeps_everything, num_compacted, prepare, target_total
 from compactor.methods import best, fast, kvzip, method_module, summary_compacted
 from compactor.methods.ours import ERROR_ROUNDS
+from compactor.methods.sampled import sampled_sections
 from compactor.prefill import CONTEXT_SPAN
 from compactor.sampling import rows_at_once
 from compactor.self_study import QUESTION_TOKENS, WHOLE_TOKENS, make_plan
@@ -221,12 +222,21 @@ class Work:
         return steps * self.step_seconds + 2 * tokens * self.per_token / self.rate
 
     def select(self, rows: int) -> float:
-        """One pass of exact attention, the scores once more, a Gram matrix of every chunk, and the greedy search."""
+        """One pass of exact attention and the scores once more, of a sample; for `best` of all rows, with a Gram matrix
+        of every chunk, and the greedy search."""
         loaded, num_document = self.job.loaded, len(self.job.document_ids)
+        if self.job.settings.method != "best":
+            return self.sampled * rows * (self.per_token + 1.5 * self.attend) / self.rate
         chunk = min(GREEDY_CHUNK, num_document)
         grams = 2 * num_compacted(loaded) * loaded.num_heads * num_document * chunk * rows
         search = num_compacted(loaded) * loaded.num_kv_heads * num_document * chunk * (chunk + 2 * loaded.head_dim)
         return (rows * (self.per_token + 1.5 * self.attend) + grams + search) / self.rate
+
+    @property
+    def sampled(self) -> float:
+        """Share of the rows from which `balanced` learns how many keys each layer keeps."""
+        num_document = len(self.job.document_ids)
+        return sum(last - first for first, last in sampled_sections(num_document)) / num_document or 1.0
 
     def solve(self, rows: int, context_rows: int) -> dict[str, float]:
         """Return budget and fit; with --max-error as often as its search may repeat them."""
@@ -249,7 +259,9 @@ class Work:
         to_kept = 3 * self.attend * kept / len(self.job.document_ids)
         heads = num_compacted(loaded) * loaded.num_kv_heads
         refinement = 10 * steps * rows_of_step(loaded.device) * heads * kept * loaded.head_dim
-        return (rows * self.per_token + every_row * (self.attend + to_kept + gram) + refinement) / self.rate
+        scores = 0.5 * rows * self.attend if self.job.settings.method == "balanced" and self.sampled < 1.0 else 0.0
+        exact = every_row * (self.attend + to_kept + gram)
+        return (rows * self.per_token + exact + scores + refinement) / self.rate
 
     def certify(self) -> float:
         """Two batches of generation, and the passes over the answers: full and compacted together, compacted, none."""

@@ -13,6 +13,7 @@ from tiny_models import make_tiny
 from compactor.budget_profile import BudgetProfile, allocate_by_shares, profile_model, write_profile
 from compactor.config import CompactSettings
 from compactor.document import make_document
+from compactor.errors import NumericalError
 from compactor.job import prepare
 from compactor.methods import get_method, sampled
 from compactor.methods.ours import head_counts
@@ -201,3 +202,12 @@ def test_curves_hold_the_gains_of_the_fits_own_rows(tiny: LoadedModel, monkeypat
         for head, fitted, curve in zip(range(2), layer.heads, curves, strict=True):
             assert torch.equal(curve.gains, layer.inputs.curve_gains[head][fitted.kept])
             assert float(curve.gains.min()) >= float(layer.inputs.curve_gains[head].sort().values[-len(fitted.kept)])
+
+
+def test_numbers_that_are_not_finite_are_an_error_that_names_layer_and_head(tiny: LoadedModel) -> None:
+    study = study_of(tiny)
+    assert study.segments
+    values = study.full.layers[1].values.view(2, -1, study.full.layers[1].values.shape[-1])
+    values[1, study.full.prefix_length + 5] = torch.nan
+    with pytest.raises(NumericalError, match="Layer 1, KV head 1"):
+        get_method("balanced")(study, 150)

@@ -131,7 +131,8 @@ Ridge = Annotated[
     typer.Option(
         "--ridge",
         metavar="WEIGHT",
-        help="Pull of the fitted values towards the original ones; without it chosen on held-out queries.",
+        help="Pull of the fitted values towards the original ones; by default 0.1, without a refinement chosen on "
+        "held-out queries.",
     ),
 ]
 MinLogBias = Annotated[float, typer.Option("--min-log-bias", metavar="X", help="Lower end of the biases.")]
