@@ -24,6 +24,7 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = HAS_TRITON and not INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if COMPILED else "cpu"
+ONLY_COMPILED = pytest.mark.skipif(not COMPILED, reason="takes the interpreter long")
 EPS = torch.finfo(torch.float32).eps
 
 if INTERPRETED or COMPILED:
@@ -55,11 +56,17 @@ def assert_solves(systems: torch.Tensor, rhs: torch.Tensor, found: torch.Tensor)
     assert (residual <= 8 * EPS * size + 1e-30).all()
 
 
+@pytest.fixture(scope="module")
+def factors() -> BlockFactors:
+    """Those of ``systems_of(1, 70)``, unknown above the tiles of the diagonal; made in tiles of 32 rows."""
+    half = systems_of(1, 70)
+    half[:, :64, 64:] = torch.nan
+    return cholesky_factors_batched(half, tiles=Tiles(row_tile=32))
+
+
 @pytest.mark.skipif(not (INTERPRETED or COMPILED), reason="needs Triton and a GPU, or its interpreter")
 class TestCholesky:
-    @pytest.mark.parametrize(
-        ("num_systems", "size", "num_rhs"), [(1, 1, 1), (5, 7, 3), (2, 33, 1), (3, 64, 17), (2, 100, 1)]
-    )
+    @pytest.mark.parametrize(("num_systems", "size", "num_rhs"), [(1, 1, 1), (2, 7, 3), (1, 64, 17), (1, 130, 18)])
     def test_solutions_are_those_of_float64(self, num_systems: int, size: int, num_rhs: int) -> None:
         systems, rhs = systems_of(num_systems, size), draw(num_systems, size, num_rhs, seed=8)
         found, failed = cholesky_solve_batched(systems, rhs)
@@ -68,10 +75,10 @@ class TestCholesky:
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
         assert not failed.any()
 
-    @pytest.mark.skipif(not COMPILED, reason="too large for the interpreter")
+    @ONLY_COMPILED
     @pytest.mark.parametrize(
         ("num_systems", "size", "num_rhs"),
-        [(8, 164, 1), (1, 300, 40), (5, 300, 3), (8, 700, 128), (3, 1000, 130), (2, MAX_SIZE, 1)],
+        [(5, 33, 1), (3, 100, 1), (8, 164, 1), (5, 300, 40), (8, 700, 128), (3, 1000, 130), (2, MAX_SIZE, 1)],
     )
     def test_large_ones(self, num_systems: int, size: int, num_rhs: int) -> None:
         systems, rhs = systems_of(num_systems, size), draw(num_systems, size, num_rhs, seed=8)
@@ -79,10 +86,8 @@ class TestCholesky:
         assert_solves(systems, rhs, found)
         assert not failed.any()
 
-    def test_the_tile_of_a_factor_is_the_inverse_of_its_halves(self) -> None:
-        systems = systems_of(1, 70)
-        factors = cholesky_factors_batched(systems)
-        exact = torch.linalg.cholesky(systems[0].double())
+    def test_the_tile_of_a_factor_is_the_inverse_of_its_halves(self, factors: BlockFactors) -> None:
+        exact = torch.linalg.cholesky(systems_of(1, 70)[0].double())
         tile = factors.diagonal[0, :64].double()
         for half in (slice(0, 32), slice(32, 64)):
             expected = torch.linalg.inv(exact[half, half])
@@ -90,7 +95,7 @@ class TestCholesky:
         torch.testing.assert_close(tile[32:, :32], exact[32:64, :32], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(factors.lower[0, 64:70, :64].double(), exact[64:, :64], rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("condition", [1e2, 1e5])
+    @pytest.mark.parametrize("condition", [pytest.param(1e2, marks=ONLY_COMPILED), 1e5])
     def test_nearly_singular_systems_are_solved_as_well_as_by_torch(self, condition: float) -> None:
         systems, rhs = systems_of(1, 70, condition), draw(1, 70, 2, seed=8)
         added = torch.full((1,), 1e-7, device=DEVICE)
@@ -101,55 +106,50 @@ class TestCholesky:
         residuals = [(shifted.double() @ one.double() - rhs.double()).norm() for one in (found, torchs)]
         assert residuals[0] <= 4 * residuals[1]
 
-    def test_one_factorisation_serves_every_number_of_right_hand_sides(self) -> None:
-        systems = systems_of(1, 70)
-        factors = cholesky_factors_batched(systems)
-        for num_rhs in (1, 2, 16, 33):
-            rhs = draw(1, 70, num_rhs, seed=8)
-            assert_solves(systems, rhs, cholesky_solve_factored(factors, rhs))
+    @pytest.mark.parametrize("num_rhs", [1, 2, 16, 33])
+    def test_one_factorisation_serves_every_number_of_right_hand_sides(
+        self, num_rhs: int, factors: BlockFactors
+    ) -> None:
+        rhs = draw(1, 70, num_rhs, seed=8)
+        assert_solves(systems_of(1, 70), rhs, cholesky_solve_factored(factors, rhs))
 
-    @pytest.mark.parametrize(("size", "at"), [(40, 0), (40, 31), (40, 32), (40, 39), (66, 65)])
-    def test_a_system_that_has_no_factor_is_told_and_touches_no_other(self, size: int, at: int) -> None:
-        systems, rhs = systems_of(2, size), draw(2, size, 2, seed=8)
-        systems[0, at, at] = -0.1
+    def test_systems_that_have_no_factor_are_told_and_touch_no_other(self) -> None:
+        systems, rhs = systems_of(5, 40), draw(5, 40, 2, seed=8)
+        for system, at in enumerate((0, 32, 39)):
+            systems[system, at, at] = -0.1
+        systems[3, 35, 2] = systems[3, 2, 35] = torch.nan
         found, failed = cholesky_solve_batched(systems, rhs)
-        assert failed.tolist() == cholesky_solve_reference(systems, rhs)[1].tolist() == [True, False]
-        assert found[0].isnan().all()
-        assert_solves(systems[1:], rhs[1:], found[1:])
+        assert failed.tolist() == [True] * 4 + [False] and found[:4].isnan().all()
+        assert cholesky_solve_reference(systems[:3], rhs[:3])[1].all()
+        assert_solves(systems[4:], rhs[4:], found[4:])
 
-    def test_what_is_no_number_has_no_factor(self) -> None:
-        systems = systems_of(3, 40)
-        systems[0, 35, 2] = systems[0, 2, 35] = torch.nan
-        systems[2, 20, 20] = -torch.inf
-        assert cholesky_factors_batched(systems).failed.tolist() == [True, False, True]
+    @ONLY_COMPILED
+    def test_a_last_pivot_that_is_not_positive_is_told(self) -> None:
+        systems = systems_of(3, 300)
+        systems[1, 299, 299] = -0.1
+        assert cholesky_factors_batched(systems).failed.tolist() == [False, True, False]
 
     def test_zeros_need_something_added(self) -> None:
-        systems, rhs = systems_of(2, 40), draw(2, 40, 1, seed=8)
-        systems[1, 20:], systems[1, :, 20:] = 0.0, 0.0  # padding
-        rhs[1, 20:] = 0.0
-        assert cholesky_factors_batched(systems).failed.tolist() == [False, True]
-        added = torch.tensor([0.0, 1e-3], device=DEVICE)
-        found, failed = cholesky_solve_batched(systems, rhs, added=added)
-        assert not failed.any() and not found[1, 20:].any()
-        assert_solves(systems + added.view(-1, 1, 1) * torch.eye(40, device=DEVICE), rhs, found)
+        systems, rhs = systems_of(1, 40), draw(1, 40, 1, seed=8)
+        systems[:, 20:], systems[:, :, 20:], rhs[:, 20:] = 0.0, 0.0, 0.0  # padding
+        assert cholesky_factors_batched(systems).failed.tolist() == [True]
+        found, failed = cholesky_solve_batched(systems, rhs, added=torch.tensor([1e-3], device=DEVICE))
+        assert not failed.any() and not found[:, 20:].any()
+        assert_solves(systems + 1e-3 * torch.eye(40, device=DEVICE), rhs, found)
 
-    def test_above_the_tiles_of_the_diagonal_nothing_is_read(self) -> None:
-        systems, rhs = systems_of(1, 66), draw(1, 66, 1, seed=8)
-        half = systems.clone()
-        half[:, :64, 64:] = torch.nan
-        assert torch.equal(cholesky_solve_batched(half, rhs)[0], cholesky_solve_batched(systems, rhs)[0])
-
+    @ONLY_COMPILED
     @pytest.mark.parametrize("row_tile", [16, 32])
     def test_tiles_change_nothing_but_rounding(self, row_tile: int) -> None:
-        systems, rhs = systems_of(1, 70), draw(1, 70, 35, seed=8)
+        systems, rhs = systems_of(2, 300), draw(2, 300, 35, seed=8)
         found, _ = cholesky_solve_batched(systems, rhs, tiles=Tiles(row_tile=row_tile, rhs_tile=32))
         assert_solves(systems, rhs, found)
 
+    @ONLY_COMPILED
     def test_equal_calls_give_equal_bits(self) -> None:
-        systems, rhs = systems_of(1, 66), draw(1, 66, 3, seed=8)
+        systems, rhs = systems_of(3, 700), draw(3, 700, 3, seed=8)
         assert torch.equal(cholesky_solve_batched(systems, rhs)[0], cholesky_solve_batched(systems, rhs)[0])
 
-    @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2), (2, 5, 0)])
+    @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2), (1, 5, 0)])
     def test_nothing_to_solve(self, shape: tuple[int, int, int]) -> None:
         num_systems, size, _ = shape
         systems = torch.eye(size, device=DEVICE).repeat(num_systems, 1, 1)
@@ -157,52 +157,49 @@ class TestCholesky:
         assert found.shape == shape and failed.tolist() == [False] * num_systems
 
     @pytest.mark.parametrize(
-        ("systems", "rhs", "added", "message"),
+        ("systems", "added", "message"),
         [
-            (torch.zeros(3, 3), (1, 3, 1), None, "systems must be"),
-            (torch.zeros(1, 3, 4), (1, 3, 1), None, "systems must be"),
-            (torch.zeros(1, 3, 3).double(), (1, 3, 1), None, "systems must be float32"),
-            (torch.zeros(1, 3, 3).mT, (1, 3, 1), None, "systems must be contiguous"),
-            (torch.zeros(1, MAX_SIZE + 1, MAX_SIZE + 1), (1, 3, 1), None, "at most 1536 rows"),
-            (torch.eye(3)[None], (1, 4, 1), None, "rhs must be"),
-            (torch.eye(3)[None], (1, 3), None, "rhs must be"),
-            (torch.eye(3)[None], (1, 3, 1), torch.zeros(2), "added must be"),
-            (torch.eye(3)[None], (1, 3, 1), torch.zeros(1).double(), "added must be float32"),
+            (torch.zeros(3, 3), None, "systems must be"),
+            (torch.zeros(1, 3, 4), None, "systems must be"),
+            (torch.zeros(1, 3, 3).double(), None, "systems must be float32"),
+            (torch.zeros(1, 3, 2, 3)[:, :, 0], None, "systems must be contiguous"),
+            (torch.zeros(1, MAX_SIZE + 1, MAX_SIZE + 1), None, "at most 1536 rows"),
+            (torch.eye(3)[None], torch.zeros(2), "added must be"),
+            (torch.eye(3)[None], torch.zeros(1).double(), "added must be float32"),
         ],
     )
-    def test_bad_input_is_refused(
-        self, systems: torch.Tensor, rhs: tuple[int, ...], added: torch.Tensor | None, message: str
-    ) -> None:
+    def test_bad_input_is_refused(self, systems: torch.Tensor, added: torch.Tensor | None, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            cholesky_solve_batched(
-                systems.to(DEVICE), torch.zeros(rhs, device=DEVICE), added=None if added is None else added.to(DEVICE)
-            )
+            cholesky_factors_batched(systems.to(DEVICE), added=None if added is None else added.to(DEVICE))
 
     def test_bad_right_hand_sides_are_refused(self) -> None:
         factors = cholesky_factors_batched(torch.eye(3, device=DEVICE)[None])
         for rhs, message in (
+            (torch.zeros(1, 4, 1, device=DEVICE), "rhs must be"),
+            (torch.zeros(1, 3, device=DEVICE), "rhs must be"),
             (torch.zeros(1, 3, 2, device=DEVICE).double(), "rhs must be float32"),
             (torch.zeros(1, 2, 3, device=DEVICE).mT, "rhs must be contiguous"),
         ):
             with pytest.raises(ValueError, match=message):
                 cholesky_solve_factored(factors, rhs)
 
-    def test_each_system_gets_the_jitter_that_it_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_system_has_no_factor_with_any_jitter_the_other_with_the_least(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(biases, "usable", lambda *_: True)
-        monkeypatch.setattr(biases, "HOPELESS", 1e-6)
-        eye, ones = torch.eye(5, device=DEVICE), torch.ones(5, 5, device=DEVICE)
-        systems, rhs = torch.stack([eye, ones, eye - 20.0, 1e-8 * eye]), draw(4, 5, 2)
+        monkeypatch.setattr(biases, "HOPELESS", 1e-8)
+        eye = torch.eye(5, device=DEVICE)
+        systems, rhs = torch.stack([1e-8 * eye, eye - 20.0]), draw(2, 5, 2)
         factors = solving_factors(systems)
         assert isinstance(factors, BlockFactors)
         found = solve_factored(factors, rhs)
-        expected = torch.stack([rhs[0], 1e8 * rhs[3]]).double()
-        torch.testing.assert_close(found[[0, 3]].double(), expected, rtol=1e-6, atol=0)
-        assert torch.isfinite(found[1]).all() and found[2].isnan().all()
+        torch.testing.assert_close(found[0].double(), 1e8 * rhs[0].double(), rtol=1e-6, atol=0)
+        assert found[1].isnan().all()
 
-    @pytest.mark.parametrize("size", [1e-12, 1e12])
-    def test_ridge_systems_lose_almost_nothing(self, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ridge_systems_of_any_size_lose_almost_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(biases, "usable", lambda *_: True)
-        rows = draw(2, 90, 25).abs().double() * size
+        sizes = torch.tensor([1e-12, 1e12], dtype=torch.float64, device=DEVICE)
+        rows = draw(2, 90, 25).abs().double() * sizes.view(-1, 1, 1)
         gram, rhs = rows.mT @ rows, rows.mT @ draw(2, 90, 3, seed=9).double()
         ridges = torch.tensor([1e-3, 1e-1], dtype=torch.float64, device=DEVICE)
         found = solve_in_float32(gram, rhs, gram.diagonal(dim1=1, dim2=2).mean(-1), ridges)

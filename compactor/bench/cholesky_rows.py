@@ -1,7 +1,9 @@
-"""Knows how to time the systems of the values of a layer: factors and solutions. Knows no queries.
+"""Knows how to time the systems of a layer's values, factored and solved. Knows no least squares.
 
-A system of n kept keys and d components takes n^3 / 3 operations for its factor and 2 n^2 d for the solution, in
-float32; it is read once, right-hand sides are read and solutions written. The error is that of the solutions.
+A system has a row for each kept key and a right-hand side for each of a head's d numbers. Its work is n^3 / 3
+operations of the factor (half of them multiplications) and 2 n^2 d of both substitutions, float32; one half of the
+symmetric matrix and the right-hand sides are read once, solutions written once. Beside the kernel, on a GPU, torch's
+factorisation and triangular solves.
 """
 
 from __future__ import annotations
@@ -11,49 +13,50 @@ import torch
 from compactor.bench.kernel_jobs import Job, Numbers, Way, kept_sizes, relative, time_jobs
 from compactor.bench.report import Row, Work
 from compactor.bench.workloads import KernelSettings
-from compactor.solve.biases import add_diagonal, blocks_usable, factor_each, solve_factored
+from compactor.kernel_trial import usable
+from compactor.solve.biases import TRIED, factor_each, solve_factored
 from compactor.types import Reporter
-from compactor_kernels.reference_cholesky import cholesky_solve_reference
+from compactor_kernels.reference_cholesky import MAX_SIZE, cholesky_solve_reference
 
-RIDGE = 0.1  # of the mean diagonal
+CHECKED = 2  # systems that are compared
 
-Systems = tuple[torch.Tensor, torch.Tensor]  # (num_systems, n, n) and right-hand sides (num_systems, n, d)
+Equations = tuple[torch.Tensor, torch.Tensor]  # systems and right-hand sides
 
 
 def rows(settings: KernelSettings, device: torch.device, reporter: Reporter) -> list[Row]:
-    """Time the kernel and torch's factors on a system a KV head, as large as the head keeps keys on average."""
+    """Time the kernel, its twin and torch's functions; the kernel is left out where it takes no system of that size."""
     return time_jobs("cholesky", [_job(settings, device)], settings, device, reporter)
 
 
 def _job(settings: KernelSettings, device: torch.device) -> Job:
-    _, size, _ = kept_sizes(settings)
-    num_systems, num_rhs = settings.kv_heads, settings.head_dim
+    size, num_systems, num_rhs = kept_sizes(settings)[1], settings.kv_heads, settings.head_dim
 
-    def make(numbers: Numbers) -> Systems:
+    def make(numbers: Numbers) -> Equations:
         columns = numbers.normal(num_systems, 2 * size, size)
-        gram = columns.mT @ columns / (2 * size)
-        added = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-        return add_diagonal(gram, added), numbers.normal(num_systems, size, num_rhs)
+        return columns.mT @ columns / (2 * size), numbers.normal(num_systems, size, num_rhs)
 
-    def twin(systems: Systems) -> torch.Tensor:
-        return cholesky_solve_reference(*systems)[0]
+    def twin(equations: Equations) -> torch.Tensor:
+        return cholesky_solve_reference(*equations)[0]
 
-    def by_torch(systems: Systems) -> torch.Tensor:
-        return solve_factored(factor_each(systems[0])[0], systems[1])
-
-    def kernel(systems: Systems) -> torch.Tensor:
+    def kernel(equations: Equations) -> torch.Tensor:
         from compactor_kernels.cholesky import cholesky_solve_batched
 
-        return cholesky_solve_batched(*systems)[0]
+        return cholesky_solve_batched(*equations)[0]
 
-    def error(systems: Systems, found: torch.Tensor) -> float:
-        return relative((found, cholesky_solve_reference(*systems)[0]))
+    def by_torch(equations: Equations) -> torch.Tensor:
+        systems, rhs = equations
+        return solve_factored(factor_each(systems)[0], rhs)
+
+    def error(equations: Equations, found: torch.Tensor) -> float:
+        systems, rhs = (part[:CHECKED].double() for part in equations)
+        return relative((found[:CHECKED], torch.linalg.solve(systems, rhs)))
 
     ways = [Way("cholesky, twin", twin, waits=True)]
     if device.type == "cuda":
         ways.insert(0, Way("cholesky, torch", by_torch, waits=True))
-    if blocks_usable(torch.empty(1, 1, 1, device=device).expand(num_systems, size, size), "cholesky"):
+    if size <= MAX_SIZE and usable("cholesky", device, torch.float32, TRIED):
         ways.insert(0, Way("cholesky", kernel))
-    operations = num_systems * (size**3 // 3 + 2 * size**2 * num_rhs)
-    work = Work(operations, "float32", 4 * num_systems * (size**2 + 2 * size * num_rhs))
-    return Job({"systems": num_systems, "keys": size, "components": num_rhs}, work, make, error, ways)
+    operations = size**3 / 3 + 2 * size**2 * num_rhs
+    num_bytes = 4 * (size * (size + 1) // 2 + 2 * size * num_rhs)
+    work = Work(num_systems * operations, "float32", num_systems * num_bytes)
+    return Job({"keys": size, "problems": num_systems}, work, make, error, ways)

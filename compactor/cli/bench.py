@@ -179,7 +179,8 @@ def kernels(
 
     The others have their twins beside them, and stand alone for them without a GPU: `tail_decode` and `rotary` for new
     tokens; `attention_stats`, with and without limits, and `merge_rows` for the passes over reference rows;
-    `kept_shares`, `gram`, `value_targets` and `greedy` for selection and least squares; `refine_steps`, a step;
+    `kept_shares`, `gram`, `value_targets` and `greedy` for selection and least squares; `nnls` and `cholesky`, also
+    beside what torch does without them, for biases and values of a layer's heads; `refine_steps`, a step;
     `step_decode`, `gemv` and `rms_norm` for a step of decoding, `gemv` of one and two rows beside torch's own products.
     Errors are relative to float64, of a part of the result.
     """

@@ -7,7 +7,7 @@ and A_S its attention to the kept keys; the bias of a key is log b. In Gram form
 
 The problems of several heads are solved as one batch whose shapes do not depend on the data, so that a GPU is asked to
 stop only now and then; on an NVIDIA GPU by kernels (`by_kernels`). A problem alone works on its free variables only,
-which is less arithmetic and suits a CPU.
+which is less arithmetic and suits a CPU, and says when its equations have no solution.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEWTON_STEPS = (0.5, 6)  # 1, 1/2, ... of the Newton direction: ratio and number
 DOWNHILL_STEPS = (0.25, 8)  # the same of the gradient: one is below 1 / (largest eigenvalue)
 SUFFICIENT = 1e-4  # of the decrease that the gradient promises: less makes a step shorter
 LARGE = 1024  # variables above which a GPU factors one matrix after another
-LARGE_ALONE = 512  # variables up to which one problem alone goes through the kernels
+LARGE_ALONE = 512  # rows up to which one system alone is factored in tiles
 QUEUED = 6  # iterations at most that the kernels take without a look at whether all problems have stopped
 TRIED = 128  # variables, or right-hand sides, of the trial of these kernels: two tiles
 HOPELESS = 1.0  # jitter above which equations have no solution
@@ -113,24 +113,10 @@ def solve_box_nnls_batched(
     x = torch.ones_like(rhs) if start is None else start.double()
     x = (x * scale).clamp(low, high)
     reference = largest(rhs).clamp_min(1e-300)
-    solve = by_kernels if blocks_usable(gram, "nnls") else by_torch
-    points = solve(gram, rhs, x, low, high, seen, reference, tolerance, max_iterations)
-    return box_fits(points, low, high, lower, upper, scale, tolerance)
-
-
-def box_fits(
-    found: BoxPoints,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    lower: float | torch.Tensor,
-    upper: float | torch.Tensor,
-    scale: torch.Tensor,
-    tolerance: float,
-) -> BoxFits:
-    """Return the solutions of problems whose columns were scaled, their box (``low``, ``high``) with them; what is at a
-    bound is not rounded off it."""
+    run = by_kernels if len(gram) > 1 and blocks_usable(gram, "nnls") else by_torch
+    found = run(gram, rhs, x, low, high, seen, reference, tolerance=tolerance, max_iterations=max_iterations)
     x = found.point
-    solution = torch.where(x <= low, lower, torch.where(x >= high, upper, x / scale))
+    solution = torch.where(x <= low, lower, torch.where(x >= high, upper, x / scale))  # no rounding off the bounds
     return BoxFits(solution, found.iterations, found.optimality <= tolerance, found.optimality)
 
 
@@ -142,12 +128,14 @@ def by_torch(
     high: torch.Tensor,
     seen: torch.Tensor,
     reference: torch.Tensor,
+    *,
     tolerance: float,
     max_iterations: int,
 ) -> BoxPoints:
-    """Take projected Newton steps from ``start``; shapes as `compactor_kernels.nnls.box_newton`."""
-    search = _AloneSearch(gram, low, high) if len(gram) == 1 else _JointSearch(gram, low, high)
+    """Take the steps of `_JointSearch`, or of `_AloneSearch`, until all problems have stopped; shapes as in
+    `compactor_kernels.nnls.box_newton`."""
     x = start
+    search = _AloneSearch(gram, low, high) if len(gram) == 1 else _JointSearch(gram, low, high)
     running = torch.ones(len(gram), dtype=torch.bool, device=rhs.device)
     iterations = torch.zeros(len(gram), dtype=torch.int64, device=rhs.device)
     for iteration in range(max_iterations + 1):
@@ -173,6 +161,7 @@ def by_kernels(
     high: torch.Tensor,
     seen: torch.Tensor,
     reference: torch.Tensor,
+    *,
     tolerance: float,
     max_iterations: int,
 ) -> BoxPoints:
@@ -189,14 +178,19 @@ def by_kernels(
         reference,
         tolerance=tolerance,
         max_iterations=max_iterations,
-        search=Search(NEWTON_STEPS, DOWNHILL_STEPS, SUFFICIENT, first_jitter(torch.float32), HOPELESS),
+        search=joint_search(),
         look_every=None if max_iterations <= QUEUED else CHECK_EVERY,
     )
 
 
+def joint_search() -> Search:
+    """Return how the kernels look for the next point: as `_JointSearch` does on a GPU."""
+    return Search(NEWTON_STEPS, DOWNHILL_STEPS, SUFFICIENT, JITTER_32, HOPELESS)
+
+
 def blocks_usable(systems: torch.Tensor, name: str) -> bool:
-    """Whether the kernels of `kernel_trial.TRIALS` that factor in tiles take systems (num_heads, n, n), and run
-    rightly: several, or a small one, none of which is so large that a library factors it faster."""
+    """Whether the kernel ``name`` of `kernel_trial.TRIALS`, which factors in tiles, takes systems (num_heads, n, n) and
+    runs rightly: several, or a small one, none of which is so large that a library factors it faster."""
     num_systems, size = systems.shape[:2]
     wanted = 0 < size <= (MAX_SIZE if num_systems > 1 else LARGE_ALONE)
     return wanted and usable(name, systems.device, torch.float32, TRIED)
@@ -305,7 +299,7 @@ def cholesky_factor(gram: torch.Tensor) -> torch.Tensor:
 def cholesky_factors(grams: torch.Tensor) -> torch.Tensor:
     """Return the lower factors of several such matrices (num_heads, n, n), each with its own jitter; NaN where there is
     none. The host looks once per amount of jitter, once in all where the first one suffices."""
-    return with_jitter(grams, factor_each)
+    return with_jitter(grams, lambda systems, added: factor_each(add_diagonal(systems, added)))
 
 
 def solving_factors(grams: torch.Tensor) -> torch.Tensor | BlockFactors:
@@ -313,27 +307,31 @@ def solving_factors(grams: torch.Tensor) -> torch.Tensor | BlockFactors:
     return with_jitter(grams, factor_blocks) if blocks_usable(grams, "cholesky") else cholesky_factors(grams)
 
 
-def with_jitter(grams: torch.Tensor, factor: Callable[[torch.Tensor], tuple[Factors, torch.Tensor]]) -> Factors:
-    """Return what ``factor`` makes of matrices with the least jitter that each needs; see `cholesky_factors`."""
+def with_jitter(
+    grams: torch.Tensor, factor: Callable[[torch.Tensor, torch.Tensor], tuple[Factors, torch.Tensor]]
+) -> Factors:
+    """Return what ``factor`` makes of matrices and what is added to the diagonal of each (num_heads,), with the least
+    jitter that each needs; see `cholesky_factors`."""
     mean = grams.diagonal(dim1=-2, dim2=-1).sum(-1).div(max(1, grams.shape[-1])).clamp_min(1e-30)
     jitter = torch.full_like(mean, first_jitter(grams.dtype))
     hopeless = torch.zeros_like(mean, dtype=torch.bool)
     raised = False
     while True:
-        factors, failed = factor(add_diagonal(grams, jitter * mean))
-        failed &= ~hopeless
+        factors, failed = factor(grams, jitter * mean)
+        failed = failed & ~hopeless
         if not bool(failed.any()):
             return factors.masked_fill(hopeless.view(-1, 1, 1), torch.nan) if raised else factors
         hopeless |= failed & (jitter > HOPELESS)
         jitter, raised = torch.where(failed, 10.0 * jitter, jitter), True
 
 
-def factor_blocks(grams: torch.Tensor) -> tuple[BlockFactors, torch.Tensor]:
-    """Return the factors of float32 matrices (num_heads, n, n) in tiles, and which of them failed (num_heads,) bool."""
+def factor_blocks(grams: torch.Tensor, added: torch.Tensor) -> tuple[BlockFactors, torch.Tensor]:
+    """Return the factors in tiles of float32 matrices (num_heads, n, n) with ``added`` (num_heads,) on their diagonals,
+    and which of them failed (num_heads,) bool."""
     from compactor_kernels.cholesky import cholesky_factors_batched
 
-    factors = cholesky_factors_batched(grams.contiguous())
-    return factors, factors.failed.clone()
+    factors = cholesky_factors_batched(grams.contiguous(), added=added)
+    return factors, factors.failed
 
 
 def factor_each(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
