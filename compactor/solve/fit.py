@@ -5,7 +5,8 @@ values (values.py), both jointly over the kept keys of all chunks and with the t
 values together (refine.py). The layer then returns attention over its compacted self, so that the next layer sees what
 it will see at decode time.
 
-Exact attention is computed once per row (rows.py). On a GPU heads of similar length are fitted as one batch
+Exact attention is computed once per row (rows.py); where no selection ordered the keys before, they are scored from
+it too (key_scores.py). On a GPU heads of similar length are fitted as one batch
 (`head_batches`), padded to the longest with keys of bias -inf; elsewhere each head alone.
 """
 
