@@ -397,7 +397,7 @@ def _try_cholesky(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pa
 def _try_nnls(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
     """``head_dim`` is the number of variables; everything is float64 whatever ``dtype`` is."""
     from compactor_kernels.nnls import box_newton
-    from compactor_kernels.reference_nnls import Search, box_newton_reference
+    from compactor_kernels.reference_nnls import BoxProblems, Search, box_newton_reference
 
     (rows,) = _draw(device, torch.float64, (HEADS + 1, 4 * head_dim, head_dim))
     gram = rows.mT @ rows / (4 * head_dim)
@@ -406,10 +406,10 @@ def _try_nnls(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pairs:
     rhs, start = _draw(device, torch.float64, *[(HEADS + 1, head_dim)] * 2)
     low, high = torch.full_like(rhs, -0.5), torch.full_like(rhs, 0.7)
     seen = gram.diagonal(dim1=-2, dim2=-1) != 0
-    given = gram, rhs, start.clamp(low, high), low, high, seen, rhs.abs().amax(-1)
+    given = BoxProblems(gram, rhs, start.clamp(low, high), low, high, seen, rhs.abs().amax(-1))
     search = Search((0.5, 6), (0.25, 8), 1e-4, 1e-7, 1.0)
     found, expected = (
-        run(*given, tolerance=1e-6, max_iterations=12, search=search) for run in (box_newton, box_newton_reference)
+        run(given, tolerance=1e-6, max_iterations=12, search=search) for run in (box_newton, box_newton_reference)
     )
     return [
         *zip(found.point.nan_to_num(9.0), expected.point.nan_to_num(9.0), strict=True),

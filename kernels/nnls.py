@@ -23,7 +23,7 @@ import triton.language as tl
 
 from compactor_kernels.cholesky import TILE, Tiles, empty_factors, factor_in_place, is_interpreted, substitute
 from compactor_kernels.reference_cholesky import MAX_SIZE
-from compactor_kernels.reference_nnls import BoxPoints, Search
+from compactor_kernels.reference_nnls import BoxPoints, BoxProblems, Search
 
 ROW_TILE = tl.constexpr(32)  # rows of a program of `_gradient`; there is a maximum of each
 COLUMN_TILE = tl.constexpr(64)  # columns that it reads at once
@@ -282,13 +282,7 @@ def _take_step(  # type: ignore[no-untyped-def]
 
 
 def box_newton(
-    gram: torch.Tensor,
-    rhs: torch.Tensor,
-    start: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    seen: torch.Tensor,
-    reference: torch.Tensor,
+    problems: BoxProblems,
     *,
     tolerance: float,
     max_iterations: int,
@@ -298,11 +292,8 @@ def box_newton(
 ) -> BoxPoints:
     """Take projected Newton steps of all problems until each has stopped; equations and sources in the module.
 
-    gram G: (num_problems, n, n) float64, contiguous, symmetric positive semi-definite with a diagonal of about 1, n at
-    most `MAX_SIZE`; rhs r, start, low and high: (num_problems, n) float64; seen: the same, bool: the other variables
-    are never moved; reference: (num_problems,) float64, positive. ``start`` lies in the box. A problem stops once its
-    largest |g_F| is at most ``tolerance`` times its reference, where it finds no better point, and after
-    ``max_iterations``.
+    The Gram matrices are contiguous, n is at most `MAX_SIZE`. A problem stops once its largest |g_F| is at most
+    ``tolerance`` times its reference, where it finds no better point, and after ``max_iterations``.
 
     A problem whose system does not factor goes downhill and has ten times the jitter in its next step; one whose jitter
     exceeds ``search.hopeless`` becomes NaN. All launches are queued ahead; the host looks whether all problems have
@@ -312,8 +303,8 @@ def box_newton(
 
     Raises ValueError when a shape, type, device, memory layout or number is not as above.
     """
-    vectors = rhs, start, low, high
-    _check_inputs(gram, vectors, seen, reference, search)
+    _check_inputs(problems, search)
+    gram, rhs, start, low, high, seen, reference = problems
     num_problems, num_keys = rhs.shape
     device, tiles = gram.device, tiles or Tiles()
     point = start.clone(memory_format=torch.contiguous_format)
@@ -378,13 +369,8 @@ def box_newton(
     return BoxPoints(point, iterations, optimality)
 
 
-def _check_inputs(
-    gram: torch.Tensor,
-    vectors: tuple[torch.Tensor, ...],
-    seen: torch.Tensor,
-    reference: torch.Tensor,
-    search: Search,
-) -> None:
+def _check_inputs(problems: BoxProblems, search: Search) -> None:
+    gram, *vectors, seen, reference = problems
     if gram.dim() != 3 or gram.shape[1] != gram.shape[2]:
         raise ValueError(f"gram must be (num_problems, n, n), not {tuple(gram.shape)}.")
     if gram.shape[1] > MAX_SIZE:

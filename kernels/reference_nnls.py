@@ -4,8 +4,21 @@ Triton."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class BoxProblems(NamedTuple):
+    """Least squares problems in a box, min x^T G x / 2 - r^T x, of n variables each, and where they begin."""
+
+    gram: torch.Tensor  # (num_problems, n, n) float64, symmetric positive semi-definite with a diagonal of about 1
+    rhs: torch.Tensor  # (num_problems, n) float64
+    start: torch.Tensor  # the same, within the box
+    low: torch.Tensor  # the same
+    high: torch.Tensor  # the same
+    seen: torch.Tensor  # the same, bool: the other variables are never moved
+    reference: torch.Tensor  # (num_problems,) float64, positive: what a gradient is compared with
 
 
 @dataclass(frozen=True)
@@ -36,21 +49,9 @@ class BoxPoints:
     optimality: torch.Tensor  # (num_problems,) float64: largest entry of the projected gradient over ``reference``
 
 
-def box_newton_reference(
-    gram: torch.Tensor,
-    rhs: torch.Tensor,
-    start: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    seen: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    tolerance: float,
-    max_iterations: int,
-    search: Search,
-) -> BoxPoints:
-    """Take projected Newton steps, one problem after the other, all in float64; twin of `nnls.box_newton`, shapes as
-    there."""
+def box_newton_reference(problems: BoxProblems, *, tolerance: float, max_iterations: int, search: Search) -> BoxPoints:
+    """Take projected Newton steps, one problem after the other, all in float64; twin of `nnls.box_newton`."""
+    gram, rhs, start, low, high, seen, reference = problems
     steps, points = search.steps(gram.device), start.clone()
     iterations = torch.zeros(len(gram), dtype=torch.int64, device=gram.device)
     optimality = torch.zeros(len(gram), dtype=torch.float64, device=gram.device)

@@ -20,7 +20,7 @@ from interpreter import assert_passes_interpreted
 from compactor.errors import NumericalError
 from compactor.solve import biases
 from compactor.solve.biases import DOWNHILL_STEPS, NEWTON_STEPS, SUFFICIENT, solve_box_nnls, solve_box_nnls_batched
-from compactor_kernels.reference_nnls import BoxPoints, Search, box_newton_reference
+from compactor_kernels.reference_nnls import BoxPoints, BoxProblems, Search, box_newton_reference
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,12 +47,12 @@ def problem(num_problems: int, size: int) -> Problem:
     return rows.to(DEVICE), ((rows @ wanted).squeeze(-1) + 0.02 * noise).to(DEVICE)
 
 
-def inputs(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def inputs(rows: torch.Tensor, targets: torch.Tensor) -> BoxProblems:
     """Return what the kernels are given: both ends of the box are as far from 1 as they are for biases."""
     gram, rhs = rows.mT @ rows, (rows.mT @ targets.unsqueeze(-1)).squeeze(-1)
     low, high = torch.full_like(rhs, LOW), torch.full_like(rhs, HIGH)
     seen = gram.diagonal(dim1=-2, dim2=-1) > 0
-    return gram, rhs, torch.ones_like(rhs), low, high, seen, rhs.abs().amax(-1)
+    return BoxProblems(gram, rhs, torch.ones_like(rhs), low, high, seen, rhs.abs().amax(-1))
 
 
 def scipys(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -62,8 +62,8 @@ def scipys(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(answer.x)
 
 
-def solved(given: tuple[torch.Tensor, ...], *, tolerance: float = 1e-9, most: int = 60, **more: Any) -> BoxPoints:
-    return box_newton(*given, tolerance=tolerance, max_iterations=most, **{"search": SEARCH, "look_every": 1} | more)
+def solved(given: BoxProblems, *, tolerance: float = 1e-9, most: int = 60, **more: Any) -> BoxPoints:
+    return box_newton(given, tolerance=tolerance, max_iterations=most, **{"search": SEARCH, "look_every": 1} | more)
 
 
 @pytest.mark.skipif(not (INTERPRETED or COMPILED), reason="needs Triton and a GPU, or its interpreter")
@@ -98,7 +98,7 @@ class TestNnls:
     def test_steps_are_those_of_the_twin(self, num_problems: int, size: int, most: int) -> None:
         given = inputs(*problem(num_problems, size))
         found = solved(given, most=most, tolerance=1e-3)
-        expected = box_newton_reference(*given, tolerance=1e-3, max_iterations=most, search=SEARCH)
+        expected = box_newton_reference(given, tolerance=1e-3, max_iterations=most, search=SEARCH)
         torch.testing.assert_close(found.point, expected.point, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.optimality, expected.optimality, rtol=1e-3, atol=1e-5)
         assert torch.equal(found.iterations, expected.iterations) and (found.iterations == most).all()
@@ -133,7 +133,7 @@ class TestNnls:
         search = replace(SEARCH, jitter=1e-3, hopeless=0.05)  # 0.01 is tried, 0.1 is too much
         for most in (1, 2):
             found = solved(given, most=most, search=search)
-            expected = box_newton_reference(*given, tolerance=1e-9, max_iterations=most, search=search)
+            expected = box_newton_reference(given, tolerance=1e-9, max_iterations=most, search=search)
             torch.testing.assert_close(found.point, expected.point, rtol=1e-6, atol=0, equal_nan=True)
             assert found.iterations.item() == expected.iterations.item() == most
             assert bool(found.point.isnan().all()) == (most == 2)
@@ -141,7 +141,7 @@ class TestNnls:
     def test_what_is_no_number_stops_its_problem_alone(self) -> None:
         rows, targets = problem(3, 12)
         given = inputs(rows, targets)
-        alone = solved(tuple(one[1:2] for one in given), most=1)
+        alone = solved(BoxProblems(*(one[1:2] for one in given)), most=1)
         given[1][0, 3] = torch.nan
         given[1][2, 3] = given[6][2] = torch.inf
         found = solved(given, most=1)
@@ -159,7 +159,7 @@ class TestNnls:
         vectors = torch.ones(4, *shape, dtype=torch.float64, device=DEVICE)
         gram = torch.ones(*shape, shape[1], dtype=torch.float64, device=DEVICE)
         reference = torch.ones(shape[0], dtype=torch.float64, device=DEVICE)
-        found = solved((gram, *vectors, vectors[0] > 0, reference))
+        found = solved(BoxProblems(gram, *vectors, vectors[0] > 0, reference))
         assert found.point.shape == shape and not found.iterations.any()
 
     @pytest.mark.parametrize(
@@ -179,16 +179,16 @@ class TestNnls:
         given = list(inputs(*problem(2, 3)))
         given[position] = replacement.to(DEVICE)
         with pytest.raises(ValueError, match=message):
-            solved(tuple(given))
+            solved(BoxProblems(*given))
 
     def test_too_many_variables_or_steps_are_refused(self) -> None:
         eye = torch.eye(1537, dtype=torch.float64, device=DEVICE)[None]
         row = eye[:, 0]
         with pytest.raises(ValueError, match="at most 1536 variables"):
-            solved((eye, row, row, row, row, row > 0, row[:, 0]))
+            solved(BoxProblems(eye, row, row, row, row, row > 0, row[:, 0]))
         with pytest.raises(ValueError, match="1 to 16 steps, not 17"):
             search = Search((0.5, 9), (0.5, 8), 1e-4, 1e-7, 1.0)
-            box_newton(*inputs(*problem(1, 3)), tolerance=1e-9, max_iterations=3, search=search)
+            box_newton(inputs(*problem(1, 3)), tolerance=1e-9, max_iterations=3, search=search)
 
     def test_biases_of_a_batch_are_those_without_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows, targets = problem(2, 20)
@@ -213,7 +213,7 @@ def test_kernel_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("num_problems", "size"), [(1, 1), (5, 7), (2, 33), (2, 100), (1, 300)])
 def test_the_twin_equals_scipy(num_problems: int, size: int) -> None:
     rows, targets = (one.cpu() for one in problem(num_problems, size))
-    found = box_newton_reference(*inputs(rows, targets), tolerance=1e-9, max_iterations=60, search=SEARCH)
+    found = box_newton_reference(inputs(rows, targets), tolerance=1e-9, max_iterations=60, search=SEARCH)
     assert (found.optimality <= 1e-9).all()
     for head in range(num_problems):
         torch.testing.assert_close(found.point[head], scipys(rows[head], targets[head]), rtol=0, atol=1e-6)

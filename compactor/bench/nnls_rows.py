@@ -21,12 +21,10 @@ from compactor.solve.biases import TRIED, by_kernels, by_torch, joint_search
 from compactor.solve.fit import BIAS_STEPS
 from compactor.types import Reporter
 from compactor_kernels.reference_cholesky import MAX_SIZE
-from compactor_kernels.reference_nnls import BoxPoints, box_newton_reference
+from compactor_kernels.reference_nnls import BoxPoints, BoxProblems, box_newton_reference
 
 LOW, HIGH = 0.05, 2.0
 CHECKED = 2  # problems that are compared
-
-Problems = tuple[torch.Tensor, ...]  # Gram matrices, right-hand sides, start, low, high, seen, reference
 
 
 def rows(settings: KernelSettings, device: torch.device, reporter: Reporter) -> list[Row]:
@@ -38,26 +36,27 @@ def _job(settings: KernelSettings, device: torch.device) -> Job:
     size, num_problems = kept_sizes(settings)[1], settings.kv_heads
     limits: dict[str, Any] = {"tolerance": 0.0, "max_iterations": BIAS_STEPS}
 
-    def make(numbers: Numbers) -> Problems:
+    def make(numbers: Numbers) -> BoxProblems:
         columns = (numbers.normal(num_problems, 2 * size, size) + 0.5).double()
         columns /= columns.norm(dim=1, keepdim=True)
         wanted = numbers.between(-1.5, 3.5, num_problems, size, 1).double()  # outside of the box at both ends
         gram = columns.mT @ columns
         rhs = (gram @ wanted).squeeze(-1)
         low, high = torch.full_like(rhs, LOW), torch.full_like(rhs, HIGH)
-        return gram, rhs, torch.ones_like(rhs), low, high, torch.ones_like(rhs, dtype=torch.bool), rhs.abs().amax(-1)
+        seen = torch.ones_like(rhs, dtype=torch.bool)
+        return BoxProblems(gram, rhs, torch.ones_like(rhs), low, high, seen, rhs.abs().amax(-1))
 
-    def twin(problems: Problems) -> BoxPoints:
-        return box_newton_reference(*problems, search=joint_search(), **limits)
+    def twin(problems: BoxProblems) -> BoxPoints:
+        return box_newton_reference(problems, search=joint_search(), **limits)
 
-    def kernel(problems: Problems) -> BoxPoints:
-        return by_kernels(*problems, **limits)
+    def kernel(problems: BoxProblems) -> BoxPoints:
+        return by_kernels(problems, **limits)
 
-    def torchs(problems: Problems) -> BoxPoints:
-        return by_torch(*problems, **limits)
+    def torchs(problems: BoxProblems) -> BoxPoints:
+        return by_torch(problems, **limits)
 
-    def error(problems: Problems, found: BoxPoints) -> float:
-        exact = twin(tuple(part[:CHECKED] for part in problems))
+    def error(problems: BoxProblems, found: BoxPoints) -> float:
+        exact = twin(BoxProblems(*(part[:CHECKED] for part in problems)))
         return relative((found.point[:CHECKED], exact.point))
 
     ways = [Way("nnls, twin", twin, waits=True)]

@@ -21,7 +21,7 @@ import torch
 from compactor.errors import NumericalError
 from compactor.kernel_trial import usable
 from compactor_kernels.reference_cholesky import MAX_SIZE, BlockFactors
-from compactor_kernels.reference_nnls import BoxPoints, Search
+from compactor_kernels.reference_nnls import BoxPoints, BoxProblems, Search
 
 JITTER_32 = 1e-7  # the same for float32 factors
 JITTER = 1e-12  # of the mean diagonal, added to Cholesky factors of singular blocks; raised tenfold on failure
@@ -114,27 +114,16 @@ def solve_box_nnls_batched(
     x = (x * scale).clamp(low, high)
     reference = largest(rhs).clamp_min(1e-300)
     run = by_kernels if len(gram) > 1 and blocks_usable(gram, "nnls") else by_torch
-    found = run(gram, rhs, x, low, high, seen, reference, tolerance=tolerance, max_iterations=max_iterations)
+    problems = BoxProblems(gram, rhs, x, low, high, seen, reference)
+    found = run(problems, tolerance=tolerance, max_iterations=max_iterations)
     x = found.point
     solution = torch.where(x <= low, lower, torch.where(x >= high, upper, x / scale))  # no rounding off the bounds
     return BoxFits(solution, found.iterations, found.optimality <= tolerance, found.optimality)
 
 
-def by_torch(
-    gram: torch.Tensor,
-    rhs: torch.Tensor,
-    start: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    seen: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    tolerance: float,
-    max_iterations: int,
-) -> BoxPoints:
-    """Take the steps of `_JointSearch`, or of `_AloneSearch`, until all problems have stopped; shapes as in
-    `compactor_kernels.nnls.box_newton`."""
-    x = start
+def by_torch(problems: BoxProblems, *, tolerance: float, max_iterations: int) -> BoxPoints:
+    """Take the steps of `_JointSearch`, or of `_AloneSearch`, until all problems have stopped."""
+    gram, rhs, x, low, high, seen, reference = problems
     search = _AloneSearch(gram, low, high) if len(gram) == 1 else _JointSearch(gram, low, high)
     running = torch.ones(len(gram), dtype=torch.bool, device=rhs.device)
     iterations = torch.zeros(len(gram), dtype=torch.int64, device=rhs.device)
@@ -153,29 +142,12 @@ def by_torch(
     return BoxPoints(x, iterations, optimality)
 
 
-def by_kernels(
-    gram: torch.Tensor,
-    rhs: torch.Tensor,
-    start: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    seen: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    tolerance: float,
-    max_iterations: int,
-) -> BoxPoints:
+def by_kernels(problems: BoxProblems, *, tolerance: float, max_iterations: int) -> BoxPoints:
     """Take the steps of `_JointSearch` by kernels; up to `QUEUED` iterations are launched without waiting for any."""
     from compactor_kernels.nnls import box_newton
 
     return box_newton(
-        gram.contiguous(),
-        rhs,
-        start,
-        low,
-        high,
-        seen,
-        reference,
+        problems._replace(gram=problems.gram.contiguous()),
         tolerance=tolerance,
         max_iterations=max_iterations,
         search=joint_search(),
