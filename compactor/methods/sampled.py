@@ -22,7 +22,8 @@ LEAST_SECTIONS = 2  # of a sample: of short documents it is a larger share
 
 
 def by_sample(study: Study, segments: list[Segment], weights: dict[str, float], num_kept: int) -> Selection:
-    """Return gains without an order, from a sample; both from all segments where the document is too short for it."""
+    """Return gains without an order, from a sample; with an order, from all segments, where the document is too short
+    for a sample or the sample has no segment."""
     sections = sampled_sections(len(study.job.document_ids))
     sample = sampled_segments(study, segments, sections)
     if not sample:
@@ -43,14 +44,17 @@ def sampled_sections(num_document: int) -> list[tuple[int, int]]:
 def sampled_segments(study: Study, segments: list[Segment], sections: list[tuple[int, int]]) -> list[Segment]:
     """Return the segments about some sections, and of those about the whole as small a share; the sections are repeated
     anew, each by itself, where segments repeat the document."""
-    job = study.job
-    about = [one for one in segments if one.source != "repeat" and one.about is not None]
-    sample = [one for one in about if any(first <= int(one.about or 0) < last for first, last in sections)]
-    share = len(job.document_ids) // max(1, sum(last - first for first, last in sections))
-    sample += [one for one in segments if one.source != "repeat" and one.about is None][share // 2 :: share]
-    if any(one.source == "repeat" for one in segments):
+    if not sections:
+        return []
+    job, studied = study.job, [one for one in segments if one.source != "repeat"]
+    share = len(job.document_ids) // sum(last - first for first, last in sections)
+    sample = [
+        one for one in studied if one.about is not None and any(first <= one.about < last for first, last in sections)
+    ]
+    sample += [one for one in studied if one.about is None][share // 2 :: share]
+    if len(studied) < len(segments):
         sample += repeat_segments(job.prompt, job.document_ids, sections, job.room)
-    return sample if sections else []
+    return sample
 
 
 def spread_out(gains: torch.Tensor, num_document: int) -> torch.Tensor:
